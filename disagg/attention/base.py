@@ -1,0 +1,37 @@
+"""The interface of attention backends."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from disagg.attention.batch import AttentionBatch
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of new tokens over their sequences' KV in the paged pool.
+
+    One engine's thread uses it. Every step `plan` is called once and then `run` for each layer, so
+    what does not depend on the layer (cutting into tasks, workspaces, index tensors) is done once.
+    Scores are scaled by `head_dim ** -0.5`. Inputs are the same for all backends: a backend takes
+    its layer's K and V as strided views (`kv.layer_views`), for which no copy is made.
+    """
+
+    @property
+    def name(self) -> str:
+        """As `--attention-backend` spells it."""
+        ...
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for `batch`; what was planned before is forgotten."""
+        ...
+
+    def run(self, layer: int, q: Tensor, pool: Tensor, out: Tensor) -> None:
+        """Attend with the planned batch's tokens. Their own K and V are in the pool already.
+
+        Args:
+            layer: Of the pool, from 0.
+            q: `[tokens, heads, head_dim]`; heads may lie within wider rows. Not written to.
+            pool: `[page, kv_head, layer, 2, token, head_dim]`.
+            out: Like `q`; written to.
+        """
+        ...

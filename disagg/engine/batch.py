@@ -1,0 +1,64 @@
+"""From a planned step to the tensors that the decoder takes.
+
+Built on the host as one array of int32 and moved to the device by one copy.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from disagg.attention import AttentionBatch
+from disagg.engine.plan import StepPlan, int32s
+
+
+class StepTensors(NamedTuple):
+    """What `Decoder.forward` takes of one step."""
+
+    token_ids: Tensor
+    """int32 `[tokens]`"""
+    logits_at: Tensor
+    """int64 `[samples]`: the last token of each row that is sampled."""
+    batch: AttentionBatch
+
+
+def build_tensors(plan: StepPlan, page_size: int, device: torch.device) -> StepTensors:
+    """Lay out one step: where every new token stands in its sequence and in the pool."""
+    query_lens, kv_lens = int32s(plan.query_lens), int32s(plan.kv_lens)
+    page_indptr, page_indices = int32s(plan.page_indptr), int32s(plan.page_indices)
+    qo_indptr = np.zeros(plan.num_rows + 1, np.int32)
+    np.cumsum(query_lens, out=qo_indptr[1:])
+    # Token t of row r stands at the row's start plus t's distance from the row's first token.
+    first_positions = kv_lens - query_lens - qo_indptr[:-1]
+    positions = np.arange(plan.num_tokens, dtype=np.int32) + np.repeat(first_positions, query_lens)
+    token_pages = page_indices[np.repeat(page_indptr[:-1], query_lens) + positions // page_size]
+    parts = {
+        "token_ids": int32s(plan.token_ids),
+        "logits_at": qo_indptr[1:][int32s(plan.samples.rows)] - 1,
+        "qo_indptr": qo_indptr,
+        "kv_lens": kv_lens,
+        "page_indptr": page_indptr,
+        "page_indices": page_indices,
+        "positions": positions,
+        "token_pages": token_pages,
+        "token_offsets": positions % page_size,
+    }
+    tensors = _move(parts, device)
+    token_ids, logits_at = tensors.pop("token_ids"), tensors.pop("logits_at").long()
+    batch = AttentionBatch(
+        num_decodes=plan.num_decodes,
+        max_qo_len=int(query_lens.max()),
+        max_kv_len=int(kv_lens.max()),
+        **tensors,
+    )
+    return StepTensors(token_ids, logits_at, batch)
+
+
+def _move(parts: dict[str, NDArray[np.int32]], device: torch.device) -> dict[str, Tensor]:
+    joined = torch.from_numpy(np.concatenate(list(parts.values())))
+    if device.type != "cpu":
+        joined = joined.pin_memory().to(device, non_blocking=True)
+    pieces = torch.split(joined, [len(part) for part in parts.values()])
+    return dict(zip(parts, pieces, strict=True))

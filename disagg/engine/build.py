@@ -1,0 +1,245 @@
+"""From configuration to a running engine.
+
+    rank = load_rank(model, engine, tp=tp)      on every rank
+    make_engine(rank, engine, runner=...)       on rank 0
+
+`build_engine` does both for a group of one.
+"""
+
+import time
+from collections.abc import Callable
+from math import prod
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from disagg.attention import make_attention
+from disagg.checkpoint import ModelFiles, resolve
+from disagg.config import EngineConfig, ModelConfig
+from disagg.engine.admission import Limits
+from disagg.engine.engine import Engine, Runner
+from disagg.engine.ranks import LeadingRunner
+from disagg.engine.runner import ModelRunner
+from disagg.errors import ConfigError
+from disagg.kv import KvCache, PageLayout
+from disagg.models import ModelSpec, check_tensor_parallel, load_model, load_spec
+from disagg.parallel import TensorParallel
+from disagg.protocol import KvLayout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_POOL_BYTES = 1 << 30
+STEP_TOKENS = {"cuda": 1024, "cpu": 256}
+"""Few enough for a step to end within a fraction of a second: aborts and decodes wait that long."""
+GPU_STEP_BYTES = 64
+"""Bytes of activations that a step needs at most for each new token and each unit of the MLP's width."""
+
+
+class Rank(Struct, frozen=True, kw_only=True):
+    """One rank's share of a model, loaded and ready to run plans."""
+
+    files: ModelFiles
+    spec: ModelSpec
+    layout: KvLayout
+    """Of the whole group."""
+    num_pages: int
+    max_model_len: int
+    dtype: str
+    device: torch.device
+    runner: ModelRunner
+
+    @property
+    def pool(self) -> Tensor:
+        """This rank's pages, C-contiguous `[page, kv_head, layer, 2, page_size, head_dim]`."""
+        return self.runner.pool
+
+
+def load_rank(
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    tp: TensorParallel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rank:
+    """Load one rank's weights and make its KV pool. Sets torch's thread count for this process.
+
+    Args:
+        model: Which model.
+        engine: `tensor_parallel_size` must be the group's.
+        tp: This rank's group, joined; None is a group of one.
+        progress: Told (bytes placed, bytes in all) while weights load.
+
+    Raises:
+        ConfigError: the model cannot be had, or does not fit the configuration or the memory.
+    """
+    tp = tp or TensorParallel.single()
+    files = resolve(model.model)
+    spec = load_spec(files.path)
+    check_tensor_parallel(spec, tp.size)
+    device = pick_device(model.device, tp.rank)
+    dtype = spec.dtype if model.dtype == "auto" else model.dtype
+    if engine.num_threads is not None:
+        torch.set_num_threads(engine.num_threads)
+    decoder = load_model(
+        files,
+        spec,
+        device=device,
+        dtype=DTYPES[dtype],
+        tp=tp,
+        load_format=model.load_format,
+        seed=model.seed,
+        progress=progress,
+    )
+    layout = KvLayout(
+        page_size=engine.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        num_layers=spec.num_layers,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+        tp_size=tp.size,
+    )
+    share = PageLayout.of(layout)
+    num_pages = _agree(tp, _pool_bytes(engine, spec, device) // share.page_bytes, device)
+    max_model_len = pick_max_model_len(model, spec, num_pages, engine.block_size)
+    attention = make_attention(
+        engine.attention_backend,
+        layout=share,
+        num_qo_heads=spec.num_heads // tp.size,
+        device=device,
+        dtype=DTYPES[dtype],
+        num_threads=engine.num_threads or torch.get_num_threads(),
+    )
+    pool = _make_pool((num_pages, *share.shape), DTYPES[dtype], device)
+    return Rank(
+        files=files,
+        spec=spec,
+        layout=layout,
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        device=device,
+        runner=ModelRunner(decoder, attention, pool, engine.block_size),
+    )
+
+
+def make_engine(
+    rank: Rank,
+    engine: EngineConfig,
+    *,
+    send: Callable[[bytes], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Engine:
+    """Make rank 0's engine.
+
+    Args:
+        rank: Rank 0's share.
+        engine: The same configuration that it was loaded with.
+        send: Hands an encoded plan to every other rank, whose runner runs it; None for a group of one.
+        clock: Monotonic seconds.
+
+    Raises:
+        ConfigError: the limits contradict each other.
+    """
+    runner: Runner = LeadingRunner(rank.runner, engine.max_num_seqs, send)
+    return Engine(
+        runner=runner,
+        cache=KvCache.make(rank.num_pages, engine.block_size, engine.prefix_cache),
+        limits=Limits(
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=pick_step_tokens(engine, rank.device),
+            max_model_len=rank.max_model_len,
+            vocab_size=rank.spec.vocab_size,
+            num_pages=rank.num_pages,
+            page_size=engine.block_size,
+        ),
+        eos_token_ids=rank.spec.eos_token_ids,
+        clock=clock,
+    )
+
+
+def build_engine(
+    model: ModelConfig, engine: EngineConfig, *, progress: Callable[[int, int], None] | None = None
+) -> Engine:
+    """Load a model and make its engine, all in this process.
+
+    Raises:
+        ConfigError: as `load_rank` and `make_engine`; also for a tensor-parallel size above 1.
+    """
+    if engine.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size {engine.tensor_parallel_size} needs one process a rank; use disagg serve"
+        )
+    return make_engine(load_rank(model, engine, progress=progress), engine)
+
+
+def pick_device(name: str, rank: int) -> torch.device:
+    """Where one rank runs: its own GPU where `auto` finds any, else the CPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device = {name!r}, but torch finds no GPU here")
+    if rank >= torch.cuda.device_count():
+        raise ConfigError(f"rank {rank} has no GPU: torch finds {torch.cuda.device_count()}")
+    return torch.device("cuda", rank)
+
+
+def pick_step_tokens(engine: EngineConfig, device: torch.device) -> int:
+    """The token budget of a step: what was asked for, or what suits the device and holds every decode."""
+    return engine.max_num_batched_tokens or max(STEP_TOKENS[device.type], engine.max_num_seqs)
+
+
+def pick_max_model_len(model: ModelConfig, spec: ModelSpec, num_pages: int, page_size: int) -> int:
+    """The longest prompt plus output: what was asked for, or what model and pool allow.
+
+    Raises:
+        ConfigError: more was asked for than they do, or the pool holds no page.
+    """
+    if num_pages < 1:
+        raise ConfigError("kv_cache_memory_bytes must hold at least one page")
+    # The newest token's KV is never stored.
+    pool_len = num_pages * page_size + 1
+    if model.max_model_len is None:
+        return min(spec.max_position_embeddings, pool_len)
+    if model.max_model_len > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {model.max_model_len} is more than the model's context of "
+            f"{spec.max_position_embeddings}"
+        )
+    if model.max_model_len > pool_len:
+        raise ConfigError(
+            f"max_model_len {model.max_model_len} does not fit a KV pool of {num_pages} pages of "
+            f"{page_size} tokens; raise kv_cache_memory_bytes"
+        )
+    return model.max_model_len
+
+
+def _pool_bytes(engine: EngineConfig, spec: ModelSpec, device: torch.device) -> int:
+    if engine.kv_cache_memory_bytes is not None:
+        return engine.kv_cache_memory_bytes
+    if device.type == "cpu":
+        return CPU_POOL_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    step = pick_step_tokens(engine, device) * spec.intermediate_size * GPU_STEP_BYTES
+    # Logits of every sequence, as float32 and in a few copies while they are filtered.
+    step += engine.max_num_seqs * spec.vocab_size * 4 * 6
+    return max(0, int(total * engine.gpu_memory_utilization) - (total - free) - step)
+
+
+def _agree(tp: TensorParallel, num_pages: int, device: torch.device) -> int:
+    """The fewest pages of any rank: a page id means the same page on all of them."""
+    counts = torch.zeros(tp.size, dtype=torch.int64, device=device)
+    counts[tp.rank] = num_pages
+    return int(tp.all_reduce(counts).min())
+
+
+def _make_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        # Untouched memory costs nothing until a page is written.
+        return torch.empty(shape, dtype=dtype)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        gigabytes = prod(shape) * dtype.itemsize / 1e9
+        raise ConfigError(
+            f"a KV pool of {gigabytes:.1f} GB does not fit {device}; lower kv_cache_memory_bytes"
+        ) from error

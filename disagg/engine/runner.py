@@ -1,0 +1,39 @@
+"""Runs planned steps on one rank's share of the model."""
+
+import torch
+from torch import Tensor
+
+from disagg.attention import AttentionBackend
+from disagg.engine.batch import build_tensors
+from disagg.engine.draws import SamplingRows
+from disagg.engine.plan import StepPlan
+from disagg.engine.sampler import sample
+from disagg.models import Decoder
+
+
+class ModelRunner:
+    """One rank: a decoder, its KV pool and its attention. Used by one thread.
+
+    All ranks of a group run the same plans in the same order; rank 0 samples.
+    """
+
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, pool: Tensor, page_size: int) -> None:
+        self.pool = pool
+        """This rank's pages, `[page, kv_head, layer, 2, page_size, head_dim]`."""
+        self._decoder = decoder
+        self._attention = attention
+        self._page_size = page_size
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> list[int]:
+        """Run one step; one token for each sample of the plan on rank 0, none on the others.
+
+        Raises:
+            WorkerLost: another rank is gone; this one cannot go on either.
+        """
+        token_ids, logits_at, batch = build_tensors(plan, self._page_size, self._decoder.device)
+        self._attention.plan(batch)
+        logits = self._decoder.forward(token_ids, batch, self._attention, self.pool, logits_at)
+        if self._decoder.tp.rank != 0 or plan.num_samples == 0:
+            return []
+        return sample(logits, SamplingRows.of(plan.samples))

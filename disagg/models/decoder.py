@@ -1,0 +1,175 @@
+"""The decoder that all families share: pre-norm, rotary attention, gated MLP.
+
+One rank's share of it. Tokens of all sequences of a step lie flat in one axis; where each belongs
+is the `AttentionBatch`'s business.
+"""
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from disagg.attention import AttentionBackend, AttentionBatch
+from disagg.layers import ops
+from disagg.models.parameters import vocab_range
+from disagg.models.spec import ModelSpec
+from disagg.models.workspace import Activations, Widths, Workspace
+from disagg.parallel import TensorParallel
+
+
+class LayerWeights(Struct, frozen=True, kw_only=True):
+    """One layer's parameters on this rank; matrices are `[outputs, inputs]`, maybe packed (`ops`)."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    """Rows of q, then k, then v."""
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    """Rows of gate, then up."""
+    down: Tensor
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+class Decoder:
+    """One rank's weights and the way through them. Used by one thread."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tp: TensorParallel,
+        *,
+        embedding: Tensor,
+        layers: list[LayerWeights],
+        final_norm: Tensor,
+        lm_head: Tensor,
+        cos_sin: Tensor,
+    ) -> None:
+        """Take ownership of the weights.
+
+        `embedding` and `lm_head` hold the rows of `vocab_range` and may be the same tensor;
+        `cos_sin` is float32 `[positions, head_dim]`, see `cos_sin_cache`.
+        """
+        self.spec = spec
+        self.tp = tp
+        self.num_heads = spec.num_heads // tp.size
+        self.num_kv_heads = spec.num_kv_heads // tp.size
+        self._vocab = vocab_range(spec, tp.rank, tp.size)
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+        self._cos_sin = cos_sin
+        widths = Widths(
+            spec.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            spec.head_dim,
+            spec.intermediate_size // tp.size,
+        )
+        self._workspace = Workspace(widths, self.dtype, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embedding.device
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+        pool: Tensor,
+        logits_at: Tensor,
+    ) -> Tensor:
+        """Run one step: store every new token's K and V in the pool, and compute some tokens' logits.
+
+        Args:
+            token_ids: New tokens of all sequences, `[tokens]`, each in `[0, vocab_size)`.
+            batch: Where they belong. `attention` has planned it.
+            attention: Reads the pool.
+            pool: This rank's pages, `[page, kv_head, layer, 2, page_size, head_dim]`; written to.
+            logits_at: Tokens whose logits are wanted, int64 `[n]`, indices into `token_ids`.
+
+        Returns:
+            Logits `[n, vocab_size]` on rank 0, in the model's dtype; `[n, 0]` on the other ranks.
+
+        Raises:
+            WorkerLost: another rank was lost. The pool's new entries are then undefined.
+        """
+        eps, last = self.spec.rms_eps, len(self._layers) - 1
+        x = self._workspace.activations(len(token_ids))
+        residual = self._embed(token_ids, x.residual)
+        ops.rms_norm(residual, self._layers[0].input_norm, eps, out=x.normed)
+        for i, layer in enumerate(self._layers):
+            self._store_kv(i, layer, x, batch, pool)
+            if i == last and len(logits_at) == 0:
+                break  # a chunk in mid-prompt: its K and V are all that is wanted of it
+            attention.run(i, x.q, pool, x.attended)
+            attended = x.attended
+            if i == last:
+                # The rest of the last layer acts on each token alone.
+                attended, residual = attended[logits_at], residual[logits_at]
+                x = self._workspace.activations(len(logits_at))
+            ops.linear(attended.flatten(1), layer.output, layer.output_bias, out=x.delta)
+            ops.add_rms_norm(self._sum(x.delta), residual, layer.mlp_norm, eps, out=x.normed)
+            ops.linear(x.normed, layer.gate_up, layer.gate_up_bias, out=x.gate_up)
+            ops.silu_and_mul(x.gate_up, out=x.gated)
+            ops.linear(x.gated, layer.down, layer.down_bias, out=x.delta)
+            next_norm = self._final_norm if i == last else self._layers[i + 1].input_norm
+            ops.add_rms_norm(self._sum(x.delta), residual, next_norm, eps, out=x.normed)
+        return self._logits(x.normed[: len(logits_at)])
+
+    def _embed(self, token_ids: Tensor, out: Tensor) -> Tensor:
+        """Embeddings `[tokens, hidden]`; each rank adds those of its own part of the vocabulary."""
+        if self.tp.size == 1:
+            return ops.embedding(token_ids, self._embedding, out=out)
+        local = token_ids - self._vocab.start
+        elsewhere = (local < 0) | (local >= len(self._vocab))
+        rows = ops.embedding(local.masked_fill(elsewhere, 0), self._embedding, out=out)
+        return self.tp.all_reduce(rows.masked_fill_(elsewhere[:, None], 0.0))
+
+    def _store_kv(
+        self, index: int, layer: LayerWeights, x: Activations, batch: AttentionBatch, pool: Tensor
+    ) -> None:
+        """Project to q, k and v, rotate, and write k and v to their pages."""
+        ops.linear(x.normed, layer.qkv, layer.qkv_bias, out=x.qkv)
+        ops.rope_and_store(
+            x.q,
+            x.k,
+            x.v,
+            batch.positions,
+            self._cos_sin,
+            pool,
+            index,
+            batch.token_pages,
+            batch.token_offsets,
+            q_norm_weight=layer.q_norm,
+            k_norm_weight=layer.k_norm,
+            eps=self.spec.rms_eps,
+        )
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        return self.tp.all_reduce(partial)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the whole vocabulary on rank 0. Nothing is exchanged for no rows."""
+        if len(hidden) == 0:
+            return hidden.new_empty((0, self.spec.vocab_size if self.tp.rank == 0 else 0))
+        local = ops.linear(hidden, self._lm_head)
+        if self.tp.size == 1:
+            return local
+        width = -(-self.spec.vocab_size // self.tp.size)
+        padded = torch.nn.functional.pad(local, (0, width - local.shape[-1]))
+        whole = self.tp.gather_last_dim(padded)
+        return hidden.new_empty((len(hidden), 0)) if whole is None else whole[:, : self.spec.vocab_size]

@@ -1,0 +1,8 @@
+"""Tensor parallelism: how a model's heads and columns are split, and the sums between ranks.
+
+May import torch and `errors`. Read `group.py` first.
+"""
+
+from disagg.parallel.group import TensorParallel
+
+__all__ = ["TensorParallel"]

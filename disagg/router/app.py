@@ -1,0 +1,139 @@
+"""The router's process: what it is made of, how it starts, and how signals end it."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import uvloop
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from disagg._core import PrefixIndex
+from disagg.checkpoint import resolve
+from disagg.config import RouterConfig
+from disagg.frontend import HttpServer, TextModel, create_app
+from disagg.router.dispatch import Dispatcher
+from disagg.router.ledger import Ledger
+from disagg.router.links import ZmqConnector, check_address
+from disagg.router.registry import Registry
+from disagg.router.service import RouterService
+from disagg.telemetry import RouterMetrics, fields, set_up_logging
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+HTTP_CLOSE_S = 5.0
+"""For answers that are complete and still on their way to slow readers."""
+
+
+def run_router(config: RouterConfig, *, ready: Report) -> int:
+    """Serve until a signal; return the exit status.
+
+    `ready` is called once, with `{"event": "ready", "port": …, "pid": …}`, when the port answers.
+    The first SIGTERM or SIGINT drains, a second one stops at once.
+
+    Raises:
+        ConfigError: The configuration cannot work: a worker's address leaves this machine, the
+            model is not found, the port is taken.
+    """
+    for address in config.workers:
+        check_address(address)
+    set_up_logging("router")
+    return uvloop.run(_run(config, ready))
+
+
+async def _run(config: RouterConfig, ready: Report) -> int:
+    model = config.model
+    files = resolve(model.model)
+    text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
+    connector = ZmqConnector()
+    dispatcher = _make_dispatcher(config, connector)
+    service = RouterService(dispatcher, Ledger(config.routing.ledger_size))
+    app = create_app(
+        service,
+        text,
+        model.served_model_name or model.model,
+        api_keys=config.api_key,
+        max_body_bytes=config.max_body_bytes,
+    )
+    try:
+        server = HttpServer(app, config.host, config.port)
+        # What has been made until here stays: no collection looks at it again.
+        gc.collect()
+        gc.freeze()
+        for address in config.workers:
+            dispatcher.connect(address)
+        return await _Process(dispatcher, service, server, config.lease.drain_seconds).run(ready)
+    finally:
+        dispatcher.close()
+        connector.close()
+        # What is frozen is not collected at exit either, and nanobind reports it as leaked.
+        gc.unfreeze()
+
+
+def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatcher:
+    series = CollectorRegistry()
+    ProcessCollector(registry=series)
+    # The leases are counted when asked, by what is made with the metrics in hand.
+    metrics = RouterMetrics(series, lambda: dispatcher.leases_by_state())
+    dispatcher = Dispatcher(
+        Registry(PrefixIndex()),
+        connector,
+        metrics,
+        router_id=token_hex(8),
+        routing=config.routing,
+        lease=config.lease,
+    )
+    return dispatcher
+
+
+class _Process:
+    """The tasks of the process, and the signals that end them."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, service: RouterService, server: HttpServer, drain_s: float
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._service = service
+        self._server = server
+        self._drain_s = drain_s
+        self._signals = 0
+        self._stop = asyncio.Event()
+
+    async def run(self, ready: Report) -> int:
+        """Serve until a signal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                clock = tasks.create_task(self._dispatcher.run(), name="clock")
+                serving = tasks.create_task(self._server.run(), name="http")
+                tasks.create_task(self._end(serving, clock), name="end")
+                ready({"event": "ready", "port": self._server.port, "pid": os.getpid()})
+                log.info("serving %s", fields(host=self._server.host, port=self._server.port))
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        return 0
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:
+            self._service.abort_all()  # so that there is nothing to wait for
+
+    async def _end(self, serving: "asyncio.Task[None]", clock: "asyncio.Task[None]") -> None:
+        await self._stop.wait()
+        await self._service.drain(self._drain_s)
+        self._server.stop()
+        _, slow = await asyncio.wait((serving,), timeout=HTTP_CLOSE_S)
+        if slow:
+            self._server.abort()
+            serving.cancel()
+        clock.cancel()

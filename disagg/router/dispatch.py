@@ -1,0 +1,427 @@
+"""The dispatcher: links to all workers, the queue before them, and the clock over both.
+
+A worker's messages come in here and go to the sequence they name. When something has changed that
+may let the queue move (`poke`), the head is placed at the end of the batch of messages, on all the
+facts that it brought. Everything runs on the loop thread; nothing here waits.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disagg._core import page_hashes
+from disagg.config import LeaseConfig, RoutingConfig
+from disagg.protocol import (
+    PROTOCOL_VERSION,
+    Abort,
+    Accepted,
+    Failed,
+    Fenced,
+    FirstToken,
+    FromWorker,
+    Goodbye,
+    Hello,
+    KvReceived,
+    Load,
+    PrefillDone,
+    Rejected,
+    Renew,
+    Reserved,
+    SnapshotRequest,
+    SummaryDelta,
+    SummaryDigest,
+    SummarySnapshot,
+    Tokens,
+    Welcome,
+)
+from disagg.router.fences import FenceBook, ProcessProof
+from disagg.router.links import Connector
+from disagg.router.policy import Impossible, Placement, Wait, decide, with_held
+from disagg.router.queue import WaitQueue
+from disagg.router.registry import Registry, Worker
+from disagg.router.sequence import Sequence
+from disagg.telemetry import RouterMetrics, fields
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+SLOW_TICK_S = 1.0
+"""Deadlines of attempts, which are seconds, are looked at this often."""
+HELLO_AGAIN_S = 5.0
+"""A worker that is connected and has not said who it is, is asked again: it may be starting."""
+LATE_FACTS_S = 5.0
+"""How long a sequence that has ended is still known, for what its prefill worker has yet to tell."""
+
+Clock = Callable[[], float]
+
+
+class Dispatcher:
+    """Runs sequences on workers. `run` keeps its clock; without it nothing times out."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        connector: Connector,
+        metrics: RouterMetrics,
+        *,
+        router_id: str,
+        routing: RoutingConfig,
+        lease: LeaseConfig,
+        clock: Clock = time.monotonic,
+        prove: Callable[[str, list[int]], ProcessProof | None] = ProcessProof.take,
+    ) -> None:
+        self.registry = registry
+        self.metrics = metrics
+        self.lease = lease
+        self.max_attempts = routing.max_attempts
+        self.queue = WaitQueue(routing.max_queued_tokens)
+        self.fences = FenceBook()
+        self._connector = connector
+        self._router_id = router_id
+        self._routing = routing
+        self._clock = clock
+        self._prove = prove
+        self._sequences: dict[str, Sequence] = {}
+        self._late: dict[str, tuple[float, Sequence]] = {}
+        self._turn = 0
+        self._num_connections = 0
+        self._is_poked = False
+        self._no_decode_since: float | None = None
+        self._slow_tick_at = 0.0
+        self._proofs: dict[str, ProcessProof | None] = {}
+
+    # --- life --------------------------------------------------------------------------------
+
+    def connect(self, address: str) -> None:
+        """Begin to talk to the worker at `address`."""
+        worker = self.registry.add(address)
+        worker.link = self._connector.open(address, WorkerEvents(self, worker))
+
+    async def run(self) -> None:
+        """Keep time until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.on_tick()
+
+    def close(self) -> None:
+        """Say goodbye to every worker, which frees what is held there for us."""
+        for worker in self.registry:
+            worker.tell(Goodbye("the router ends"))
+            if worker.link is not None:
+                worker.link.close()
+
+    def now(self) -> float:
+        """Read the clock."""
+        return self._clock()
+
+    # --- sequences ---------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._sequences)
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Queue what has been checked, and place what can begin."""
+        for sequence in sequences:
+            self._sequences[sequence.transfer_id] = sequence
+            self.queue.add(sequence)
+        self._place()
+
+    def hashes(self, token_ids: list[int], cache_salt: str) -> NDArray[np.uint64]:
+        """Hash the pages of a prompt as the workers do; empty before one is known."""
+        page_size = self.registry.page_size()
+        if page_size is None:
+            return np.empty(0, np.uint64)
+        return page_hashes(np.array(token_ids, np.int32), page_size, cache_salt)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Place a sequence again, from where its output is."""
+        if sequence.output:
+            sequence.hashes = self.hashes(sequence.prompt + sequence.output, sequence.cache_salt)
+        self.queue.add_again(sequence)
+        self._is_poked = True
+
+    def unqueue(self, sequence: Sequence) -> None:
+        """Place it no more."""
+        self.queue.remove(sequence)
+
+    def on_ended(self, sequence: Sequence) -> None:
+        """Forget a sequence."""
+        self._sequences.pop(sequence.transfer_id, None)
+        if sequence.late_generation is not None:
+            self._late[sequence.transfer_id] = (self._clock() + LATE_FACTS_S, sequence)
+        self._is_poked = True
+
+    def expect_fence(self, transfer_id: str, generation: int, prefill: Worker, decode: Worker) -> None:
+        """Tell `decode` once `prefill` can write no more."""
+        self.fences.expect((transfer_id, generation), prefill, decode, self._clock())
+
+    def ask_snapshot(self, worker: Worker) -> None:
+        """Have a worker tell all that its cache holds."""
+        if worker.follower.ask_again(self._clock()):
+            worker.tell(SnapshotRequest())
+
+    def poke(self) -> None:
+        """Look at the queue at the end of this batch of messages."""
+        self._is_poked = True
+
+    def place_if_poked(self) -> None:
+        """Place what can begin, if something has changed."""
+        if self._is_poked:
+            self._place()
+
+    def leases_by_state(self) -> dict[str, int]:
+        """Count attempts that hold pages, by how far they are."""
+        counts = dict.fromkeys(("reserve", "prefill", "transfer", "decode", "local"), 0)
+        for sequence in self._sequences.values():
+            if sequence.attempt is not None:
+                counts[sequence.attempt.stage] += 1
+        return counts
+
+    def prefill_tokens_per_s(self) -> float:
+        """What all workers that prefill compute together, as far as they have measured it."""
+        ready = [w for w in self.registry.ready() if w.load is not None and w.welcome is not None]
+        pool = [w for w in ready if w.welcome and w.welcome.role != "decode"] or ready
+        return sum(worker.load.prefill_tokens_per_s for worker in pool if worker.load is not None)
+
+    def _place(self) -> None:
+        """Place from the head for as long as the head can begin."""
+        self._is_poked = False
+        queue = self.queue
+        while (sequence := queue.head()) is not None:
+            now = self._clock()
+            facts = self.registry.facts(sequence.hashes, now)
+            if (held := sequence.held()) is not None:
+                facts = [with_held(worker, held) for worker in facts]
+            decided = decide(
+                sequence.override or self._routing.disaggregate,
+                self._routing.routing_policy,
+                facts,
+                sequence.job(),
+                turn=self._turn,
+                is_override=sequence.override is not None,
+            )
+            if isinstance(decided, Wait):
+                return
+            if isinstance(decided, Impossible):
+                sequence.give_up(decided.reason, now)
+                continue
+            self._begin(sequence, decided, now)
+
+    def _begin(self, sequence: Sequence, placement: Placement, now: float) -> None:
+        decode = self.registry.by_uuid(placement.decode_uuid)
+        prefill = self.registry.by_uuid(placement.prefill_uuid) if placement.prefill_uuid else None
+        assert decode is not None, "decided on the facts of this moment"
+        self._turn += 1
+        self.queue.remove(sequence)
+        sequence.begin(placement, decode, prefill, now)
+
+    # --- workers -----------------------------------------------------------------------------
+
+    def on_up(self, worker: Worker) -> None:
+        """Ask who is there."""
+        self._num_connections += 1
+        # Another id each time: what a broken link swallowed, an Abort perhaps, is then not renewed by
+        # what comes after it, and ends by expiry.
+        worker.router_id = f"{self._router_id}.{self._num_connections}"
+        self._say_hello(worker, self._clock())
+
+    def _say_hello(self, worker: Worker, now: float) -> None:
+        assert worker.link is not None
+        worker.hello_at = now
+        worker.link.send(Hello(PROTOCOL_VERSION, worker.router_id, self.lease.lease_ttl_s))
+
+    def on_down(self, worker: Worker, reason: str) -> None:
+        """A worker cannot be reached any more: what it had goes on elsewhere."""
+        worker.hello_at = None
+        if not worker.is_up:
+            return
+        now = self._clock()
+        worker.on_lost()
+        log.warning("worker lost %s", fields(worker=worker.name, address=worker.address, reason=reason))
+        self.metrics.workers_lost.labels(worker.welcome.role if worker.welcome else "").inc()
+        for sequence in [*worker.decodes, *worker.prefills]:
+            sequence.on_worker_lost(worker, now)
+        assert not worker.decodes
+        assert not worker.prefills
+        self.fences.on_lost(worker, self._proofs.get(worker.uuid))
+        self._is_poked = True
+
+    def on_message(self, worker: Worker, message: FromWorker) -> None:
+        """Take in one message."""
+        now = worker.heard_at = self._clock()
+        if isinstance(message, Tokens):
+            sequences = self._sequences
+            for part in message.sequences:
+                sequence = sequences.get(part.transfer_id)
+                if sequence is not None:
+                    sequence.on_tokens(worker, part, now)
+        elif isinstance(message, Welcome):
+            self._on_welcome(worker, message, now)
+        elif not worker.is_up:
+            pass  # not before it has said who it is
+        elif isinstance(message, Load):
+            worker.on_load(message, now)
+            self._is_poked = True
+        elif isinstance(message, SummaryDelta | SummarySnapshot | SummaryDigest):
+            self._on_summary(worker, message, now)
+        elif isinstance(message, Goodbye):
+            assert worker.link is not None
+            worker.link.reset(f"goodbye: {message.reason}")
+        else:
+            self._on_answer(worker, message, now)
+
+    def _on_answer(
+        self,
+        worker: Worker,
+        message: Reserved | Rejected | Accepted | FirstToken | PrefillDone | KvReceived | Failed | Fenced,
+        now: float,
+    ) -> None:
+        if isinstance(message, Fenced):
+            self.fences.on_fenced(message)
+            return
+        sequence = self._sequences.get(message.transfer_id)
+        if sequence is None:
+            if isinstance(message, PrefillDone) and message.transfer_id in self._late:
+                self._late.pop(message.transfer_id)[1].on_prefill_done(worker, message, now)
+            return
+        match message:
+            case Reserved():
+                sequence.on_reserved(worker, message, now)
+            case Rejected():
+                sequence.on_rejected(worker, message, now)
+            case Accepted():
+                sequence.on_accepted(worker, message, now)
+            case FirstToken():
+                sequence.on_first_token(worker, message, now)
+            case PrefillDone():
+                sequence.on_prefill_done(worker, message, now)
+            case KvReceived():
+                sequence.on_kv_received(worker, message, now)
+            case Failed():
+                sequence.on_failed(worker, message, now)
+            case _:
+                assert_never(message)
+
+    def _on_welcome(self, worker: Worker, welcome: Welcome, now: float) -> None:
+        if welcome.protocol_version != PROTOCOL_VERSION:
+            log.error(
+                "worker speaks another protocol %s",
+                fields(worker=welcome.worker_id, version=welcome.protocol_version, ours=PROTOCOL_VERSION),
+            )
+            return
+        if worker.is_up and worker.uuid == welcome.uuid:
+            return  # it has answered more than one Hello
+        old_uuid = worker.uuid
+        is_new = worker.on_welcome(welcome, now)
+        if is_new:
+            self._proofs.pop(old_uuid, None)
+            self.fences.on_replaced(old_uuid)
+            self._proofs[welcome.uuid] = self._prove(worker.address, welcome.rank_pids)
+            log.info(
+                "worker found %s",
+                fields(worker=worker.name, role=welcome.role, pid=welcome.pid, state=welcome.state),
+            )
+            return
+        log.info("worker back %s", fields(worker=worker.name, pid=welcome.pid))
+        self.fences.on_back(welcome.uuid)
+        for key in worker.take_orphans():
+            worker.tell(Abort(*key))
+
+    def _on_summary(
+        self, worker: Worker, message: SummaryDelta | SummarySnapshot | SummaryDigest, now: float
+    ) -> None:
+        follower = worker.follower
+        match message:
+            case SummaryDelta():
+                ask = follower.on_delta(message, now)
+            case SummarySnapshot():
+                ask = follower.on_snapshot(message, now)
+            case SummaryDigest():
+                ask = follower.on_digest(message, now)
+            case _:
+                assert_never(message)
+        if ask:
+            worker.tell(SnapshotRequest())
+
+    # --- time --------------------------------------------------------------------------------
+
+    def on_tick(self) -> None:
+        """Renew leases, notice silence, pass on proven fences, and place what time has made room for."""
+        now = self._clock()
+        for worker in list(self.registry):
+            if worker.is_up:
+                self._check_worker(worker, now)
+            elif worker.hello_at is not None and now - worker.hello_at > HELLO_AGAIN_S:
+                self._say_hello(worker, now)
+        self.fences.check(now)
+        if now >= self._slow_tick_at:
+            self._slow_tick_at = now + SLOW_TICK_S
+            self._check_sequences(now)
+        self._check_queue(now)
+        self.metrics.queued_requests.set(len(self.queue))
+        self.metrics.queued_tokens.set(self.queue.num_tokens)
+        self._place()
+
+    def _check_worker(self, worker: Worker, now: float) -> None:
+        link = worker.link
+        assert link is not None
+        if now - worker.heard_at > self._routing.worker_timeout_s:
+            link.drain()  # it may have spoken while this loop was busy
+            if worker.is_up and now - worker.heard_at > self._routing.worker_timeout_s:
+                link.reset(f"silent for {now - worker.heard_at:.1f} s")
+                return
+        if now - worker.renewed_at >= self.lease.lease_ttl_s / 3:
+            worker.renewed_at = now
+            worker.tell(Renew(self.lease.lease_ttl_s))
+
+    def _check_sequences(self, now: float) -> None:
+        for sequence in list(self._sequences.values()):
+            sequence.on_tick(now)
+        for transfer_id in [key for key, (until, _) in self._late.items() if until <= now]:
+            del self._late[transfer_id]
+
+    def _check_queue(self, now: float) -> None:
+        """Give up what waits where nobody is left who could decode it."""
+        if any(worker.can_decode for worker in self.registry) or not len(self.queue):
+            self._no_decode_since = None
+            return
+        if self._no_decode_since is None:
+            self._no_decode_since = now
+        elif now - self._no_decode_since > self.lease.lease_ttl_s:
+            for sequence in self.queue.all():
+                sequence.give_up("no decode worker came back", now)
+
+
+class WorkerEvents:
+    """What one link tells the dispatcher; see `LinkEvents`."""
+
+    def __init__(self, dispatcher: Dispatcher, worker: Worker) -> None:
+        self._dispatcher = dispatcher
+        self._worker = worker
+
+    def on_up(self) -> None:
+        """Connected."""
+        self._dispatcher.on_up(self._worker)
+
+    def on_message(self, message: FromWorker) -> None:
+        """One message."""
+        self._dispatcher.on_message(self._worker, message)
+
+    def on_malformed(self) -> None:
+        """One that is none."""
+        self._dispatcher.metrics.bad_messages.inc()
+
+    def on_down(self, reason: str) -> None:
+        """The connection is gone."""
+        self._dispatcher.on_down(self._worker, reason)
+
+    def on_batch_end(self) -> None:
+        """All that had arrived is told."""
+        self._dispatcher.place_if_poked()

@@ -1,0 +1,232 @@
+"""The workers this router knows: who they are, how they are, what they hold for us.
+
+One `Worker` an address; a new process on it resets the record. Nothing here sends or decides.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disagg.protocol import Abort, KvLayout, Load, RejectReason, ToWorker, Welcome, WorkerState
+from disagg.router.backlog import Backlog
+from disagg.router.policy import WorkerFacts
+from disagg.router.summaries import Index, SummaryFollower, Trust
+
+if TYPE_CHECKING:
+    from disagg.router.links import Link
+    from disagg.router.sequence import Sequence
+
+MAX_ORPHANS = 100_000
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+def page_bytes(layout: KvLayout) -> int:
+    """KV bytes of one page over all ranks; 2 bytes an element for a dtype that is new to us."""
+    item_bytes = _ITEM_BYTES.get(layout.dtype, 2)
+    return layout.num_kv_heads * layout.num_layers * 2 * layout.page_size * layout.head_dim * item_bytes
+
+
+class Worker:
+    """One control address and the process that answers there, if any.
+
+    `decodes` and `prefills` are the sequences that hold something there for us; each adds and
+    removes itself. `is_up` says the link can be used: it answered Hello and has not been lost.
+    """
+
+    def __init__(self, address: str, number: int, index: Index) -> None:
+        self.address = address
+        self.number = number
+        """Dense and small: this worker's bit in the prefix index."""
+        self.link: Link | None = None
+        self.welcome: Welcome | None = None
+        self.load: Load | None = None
+        self.state: WorkerState = "starting"
+        self.is_up = False
+        self.router_id = ""
+        """What this router is called on the present connection."""
+        self.hello_at: float | None = None
+        """When it was last asked who it is; None where nobody is connected."""
+        self.heard_at = 0.0
+        self.renewed_at = 0.0
+        self.follower = SummaryFollower(index, number)
+        self.trust = Trust()
+        self.backlog = Backlog()
+        self.decodes: set[Sequence] = set()
+        self.prefills: set[Sequence] = set()
+        self.promised_pages = 0
+        """Pages asked for since the last Load."""
+        self.is_full = False
+        """It refused for want of room, and nothing has ended there since."""
+        self.orphans: list[tuple[str, int]] = []
+        """Attempts given up while it could not be told; aborted when the same process is back."""
+        self._foreign = 0
+
+    @property
+    def uuid(self) -> str:
+        """The process; empty before the first Welcome."""
+        return self.welcome.uuid if self.welcome is not None else ""
+
+    @property
+    def name(self) -> str:
+        """What logs and the ledger call it."""
+        return self.welcome.worker_id if self.welcome is not None else self.address
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes new work."""
+        return self.is_up and self.state == "ready" and self.load is not None
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether it can serve a whole sequence."""
+        return self.is_ready and self.welcome is not None and self.welcome.role != "prefill"
+
+    def on_welcome(self, welcome: Welcome, now: float) -> bool:
+        """Take in who answered; True where it is another process than before."""
+        is_new = welcome.uuid != self.uuid
+        self.welcome, self.state, self.is_up = welcome, welcome.state, True
+        self.heard_at = self.renewed_at = now
+        self.load = None
+        self.promised_pages, self.is_full, self._foreign = 0, False, 0
+        self.backlog = Backlog()
+        self.follower.reset(now)
+        if is_new:
+            self.trust = Trust()
+            self.orphans.clear()
+        return is_new
+
+    def on_load(self, load: Load, now: float) -> None:
+        """Take in how it is. Its figures replace what we reckoned since the last."""
+        self.load, self.state = load, load.state
+        self.promised_pages, self.is_full = 0, False
+        self._foreign = max(0, load.running + load.waiting - len(self.decodes) - len(self.prefills))
+        self.backlog.on_load(load.queued_tokens, load.prefill_tokens_per_s, now)
+
+    def on_lost(self) -> None:
+        """Note that its process, or the link to it, is gone."""
+        self.is_up, self.load = False, None
+        if self.welcome is not None:
+            self.state = "lost"
+
+    def on_rejected(self, reason: RejectReason) -> None:
+        """Take a refusal for what it says of the worker, until the next Load says more."""
+        if reason == "no_pages" or reason == "queue_full":
+            self.is_full = True
+        elif reason == "draining":
+            self.state = "draining"
+
+    def tell(self, message: ToWorker) -> None:
+        """Send. What must be let go of and cannot be told now is told when the same process is back."""
+        if self.is_up and self.link is not None and self.link.send(message):
+            return
+        if isinstance(message, Abort):
+            self.note_orphan(message.transfer_id, message.generation)
+
+    def take_orphans(self) -> list[tuple[str, int]]:
+        """Return the attempts to abort, once."""
+        orphans, self.orphans = self.orphans, []
+        return orphans
+
+    def note_orphan(self, transfer_id: str, generation: int) -> None:
+        """Remember an attempt that could not be aborted. Past the bound expiry frees it."""
+        if len(self.orphans) < MAX_ORPHANS:
+            self.orphans.append((transfer_id, generation))
+
+    def facts(self, matched_pages: int, now: float) -> WorkerFacts:
+        """Describe a ready worker to the policy."""
+        welcome, load = self.welcome, self.load
+        assert welcome is not None
+        assert load is not None
+        page_size = welcome.layout.page_size
+        free = 0 if self.is_full else load.pages_free + load.pages_cached - self.promised_pages
+        return WorkerFacts(
+            uuid=welcome.uuid,
+            role=welcome.role,
+            running=len(self.decodes) + self._foreign,
+            max_num_seqs=welcome.max_num_seqs,
+            free_pages=max(0, free),
+            total_pages=welcome.num_pages,
+            backlog_tokens=self.backlog.tokens(now),
+            chunk_tokens=welcome.max_num_batched_tokens,
+            matched_tokens=matched_pages * page_size if self.trust.holds(now) else 0,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            decode_step_s=load.decode_step_s,
+            transfer_bytes_per_s=load.transfer_bytes_per_s,
+            page_size=page_size,
+            page_bytes=page_bytes(welcome.layout),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """One entry of `/disagg/workers`."""
+        welcome, load = self.welcome, self.load
+        assert welcome is not None
+        return {
+            "id": welcome.worker_id,
+            "role": welcome.role,
+            # A worker that has not told its load yet gets no requests, whatever it said on joining.
+            "state": "starting" if self.state == "ready" and load is None else self.state,
+            "pid": welcome.pid,
+            "rank_pids": welcome.rank_pids,
+            "metrics_url": welcome.metrics_url,
+            "tensor_parallel_size": welcome.layout.tp_size,
+            "running": load.running if load else 0,
+            "waiting": load.waiting if load else 0,
+            "leases": load.leases if load else 0,
+            "pages": {
+                "total": welcome.num_pages,
+                "free": load.pages_free if load else 0,
+                "cached": load.pages_cached if load else 0,
+                "in_use": load.pages_in_use if load else 0,
+            },
+            "uuid": welcome.uuid,
+            "address": self.address,
+        }
+
+
+class Registry:
+    """All workers, and the prefix index over them."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._by_address: dict[str, Worker] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._by_address.values())
+
+    def add(self, address: str) -> Worker:
+        """Make the record of a new address."""
+        assert address not in self._by_address
+        worker = self._by_address[address] = Worker(address, len(self._by_address), self.index)
+        return worker
+
+    def ready(self) -> list[Worker]:
+        """Workers that take new work."""
+        return [worker for worker in self._by_address.values() if worker.is_ready]
+
+    def by_uuid(self, uuid: str) -> Worker | None:
+        """The ready worker of that process."""
+        return next((w for w in self._by_address.values() if w.is_ready and w.uuid == uuid), None)
+
+    def page_size(self) -> int | None:
+        """Tokens of a page: the first known worker's; others' summaries mean nothing to the index."""
+        return next((w.welcome.layout.page_size for w in self._by_address.values() if w.welcome), None)
+
+    def max_model_len(self) -> int | None:
+        """Longest sequence that every live worker takes, tokens; None before the first Welcome."""
+        known = [w.welcome for w in self._by_address.values() if w.welcome is not None]
+        live = [w.welcome for w in self._by_address.values() if w.welcome is not None and w.is_up]
+        lengths = [min(w.max_model_len, w.num_pages * w.layout.page_size) for w in live or known]
+        return min(lengths, default=None)
+
+    def facts(self, hashes: NDArray[np.uint64], now: float) -> list[WorkerFacts]:
+        """Describe every ready worker, with what it holds of a prompt."""
+        matched = self.index.match(hashes).tolist()
+        known = len(matched)
+        return [
+            worker.facts(matched[worker.number] if worker.number < known else 0, now)
+            for worker in self._by_address.values()
+            if worker.is_ready
+        ]

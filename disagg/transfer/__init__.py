@@ -1,0 +1,70 @@
+"""Moving KV pages from one worker's pool into another's.
+
+Owns the plan (which byte runs go where), the transports that carry them and the thread that
+drives one. May import `protocol`, `errors` and `kv.layout`; never torch. Read `plan.py`, then
+`mover.py`, which is the state machine of a push; `base.py` is the seam to a transport, and
+`nixl.py` the only file that knows NIXL.
+"""
+
+from disagg.transfer.base import PoolMemory, Transport
+from disagg.transfer.factory import TRANSPORTS, make_transport, prepare_environment
+from disagg.transfer.host import host_id, is_process_gone, process_start_time
+from disagg.transfer.mover import (
+    AbortPush,
+    Arrived,
+    AwaitKv,
+    Command,
+    Connect,
+    Connected,
+    ConnectFailed,
+    Disconnect,
+    Drain,
+    Drained,
+    Event,
+    Fenced,
+    FinishPush,
+    PushChunk,
+    PushComplete,
+    PushFailed,
+    PushKey,
+    check_hello,
+)
+from disagg.transfer.plan import check_layouts, expected_bytes, pairs, plan_transfer
+from disagg.transfer.probe import ProbeResult, probe_transport
+from disagg.transfer.thread import TransferThread
+
+__all__ = [
+    "TRANSPORTS",
+    "AbortPush",
+    "Arrived",
+    "AwaitKv",
+    "Command",
+    "Connect",
+    "ConnectFailed",
+    "Connected",
+    "Disconnect",
+    "Drain",
+    "Drained",
+    "Event",
+    "Fenced",
+    "FinishPush",
+    "PoolMemory",
+    "ProbeResult",
+    "PushChunk",
+    "PushComplete",
+    "PushFailed",
+    "PushKey",
+    "TransferThread",
+    "Transport",
+    "check_hello",
+    "check_layouts",
+    "expected_bytes",
+    "host_id",
+    "is_process_gone",
+    "make_transport",
+    "pairs",
+    "plan_transfer",
+    "prepare_environment",
+    "probe_transport",
+    "process_start_time",
+]

@@ -1,0 +1,36 @@
+"""One rank's transfer thread, over the pool of a loaded rank."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from disagg.engine.build import Rank
+from disagg.transfer import Event, PoolMemory, TransferThread, make_transport
+
+TRANSPORT = "nixl"
+
+
+def make_transfer_thread(
+    rank: Rank,
+    uuid: str,
+    number: int,
+    *,
+    on_event: Callable[[Event], None],
+    on_crash: Callable[[Exception], None],
+) -> TransferThread:
+    """Prepare the thread of rank `number`; `start` it to learn how peers reach its pool."""
+    return TransferThread(
+        partial(make_transport, TRANSPORT, uuid=uuid, rank=number, pool=PoolMemory.of_tensor(rank.pool)),
+        rank.layout,
+        number,
+        on_event,
+        on_crash,
+    )
+
+
+def device_sync(device: torch.device) -> Callable[[], None]:
+    """Return what makes sure that everything launched so far has been written to memory."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).synchronize
+    return lambda: None

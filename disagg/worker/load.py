@@ -1,0 +1,114 @@
+"""From a configuration to a loaded worker: what takes long at the start. Runs on the engine thread."""
+
+import os
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from disagg.config import WorkerConfig
+from disagg.engine import Limits
+from disagg.engine.build import Rank, load_rank, make_engine
+from disagg.parallel import TensorParallel
+from disagg.protocol import PROTOCOL_VERSION, PeerHello
+from disagg.transfer import Event, TransferThread, host_id, process_start_time
+from disagg.worker.kv_thread import TRANSPORT, device_sync, make_transfer_thread
+from disagg.worker.metrics import WorkerCounts
+from disagg.worker.ranks import LocalPort, RankGroup
+from disagg.worker.service import Identity, WorkerService
+from disagg.worker.transfers import RankPort, Transfers
+
+Progress = Callable[[int, int], None]
+
+
+class Loaded(Struct, frozen=True, kw_only=True):
+    """A worker that can serve."""
+
+    service: WorkerService
+    """For the engine thread alone; the rest never changes and is for all."""
+    hello: PeerHello
+    limits: Limits
+    eos_token_ids: list[int]
+    dtype: str
+    transfers: TransferThread
+
+
+def load_worker(
+    config: WorkerConfig,
+    *,
+    worker_id: str,
+    uuid: str,
+    ranks: RankGroup,
+    counts: WorkerCounts,
+    progress: Progress,
+    on_transfer: Callable[[Event], None],
+    on_crash: Callable[[Exception], None],
+) -> Loaded:
+    """Load rank 0's share beside the other ranks, and start its transfer thread.
+
+    Args:
+        config: Role, model, engine.
+        worker_id: Its stable name.
+        uuid: This process's.
+        ranks: The others, started.
+        counts: Where the service counts.
+        progress: Told (bytes placed, bytes in all).
+        on_transfer: Takes events of this rank's transfer thread, in that thread.
+        on_crash: Told when that thread dies.
+
+    Raises:
+        ConfigError: the configuration cannot work, here or on another rank.
+        WorkerLost: another rank ended.
+    """
+    group = TensorParallel.join(ranks.address, 0, ranks.size)
+    rank = load_rank(config.model, config.engine, tp=group, progress=progress)
+    thread = make_transfer_thread(rank, uuid, 0, on_event=on_transfer, on_crash=on_crash)
+    own_endpoint = thread.start()
+    try:
+        endpoints = [own_endpoint, *ranks.wait_ready()]
+        ranks.forget_address()
+        pids = [(pid, process_start_time(pid) or 0) for pid in (os.getpid(), *ranks.pids)]
+        hello = PeerHello(PROTOCOL_VERSION, worker_id, uuid, rank.layout, endpoints, host_id(), pids)
+        return _assemble(config, hello, rank, thread, ranks, counts)
+    except Exception:
+        thread.stop()
+        raise
+
+
+def _assemble(
+    config: WorkerConfig,
+    hello: PeerHello,
+    rank: Rank,
+    thread: TransferThread,
+    ranks: RankGroup,
+    counts: WorkerCounts,
+) -> Loaded:
+    engine = make_engine(rank, config.engine, send=ranks.send if ranks.size > 1 else None)
+    ports: list[RankPort] = [LocalPort(thread, device_sync(rank.device)), *ranks.ranks]
+    service = WorkerService(
+        Identity(role=config.role, hello=hello, transport=TRANSPORT),
+        engine=engine,
+        transfers=Transfers(ports),
+        counts=counts,
+    )
+    return Loaded(
+        service=service,
+        hello=hello,
+        limits=engine.limits,
+        eos_token_ids=list(rank.spec.eos_token_ids),
+        dtype=rank.dtype,
+        transfers=thread,
+    )
+
+
+def whole_percents(tell: Progress) -> Progress:
+    """Pass on a call only when another percent is done: a bar needs no more, and a pipe holds little."""
+    told = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        percent = 100 * done // max(1, total)
+        if percent > told:
+            told = percent
+            tell(done, total)
+
+    return progress

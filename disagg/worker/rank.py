@@ -1,0 +1,92 @@
+"""One rank from 1 on: `python -m disagg.worker.rank FD PARENT_PID`. Started by `ranks.py`.
+
+Runs what rank 0 sends, in order, until the link closes. It has no scheduler, no socket of its
+own and takes no signals: rank 0 ends it.
+"""
+
+import signal
+import socket
+import sys
+from typing import assert_never
+
+import msgspec
+
+from disagg.engine import StepPlan
+from disagg.engine.build import Rank, load_rank
+from disagg.errors import DisaggError
+from disagg.parallel import TensorParallel
+from disagg.supervisor import die_with_parent
+from disagg.transfer import TransferThread, prepare_environment
+from disagg.worker.kv_thread import device_sync, make_transfer_thread
+from disagg.worker.rank_link import (
+    TO_RANK,
+    Channel,
+    RankFailed,
+    RankReady,
+    RankStart,
+    Submit,
+    from_submit,
+    to_happened,
+)
+from disagg.worker.ranks import LocalPort
+
+
+def main(arguments: list[str]) -> int:
+    """Be a rank until rank 0 closes the link; the exit status says whether all was well."""
+    fd, parent_pid = map(int, arguments)
+    die_with_parent(parent_pid)
+    # A terminal's Ctrl-C reaches the whole process group; draining is rank 0's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=fd))
+    first = channel.receive()
+    if first is None:
+        return 1
+    start = TO_RANK.decode(first)
+    assert isinstance(start, RankStart), "rank 0 begins with it"
+    try:
+        _run(start, channel)
+    except DisaggError as error:
+        channel.send(msgspec.msgpack.encode(RankFailed(type(error).__name__, str(error))))
+        return 1
+    return 0
+
+
+def _run(start: RankStart, channel: Channel) -> None:
+    prepare_environment()
+    config = start.config
+    group = TensorParallel.join(start.group_address, start.rank, config.engine.tensor_parallel_size)
+    rank = load_rank(config.model, config.engine, tp=group)
+    transfers = make_transfer_thread(
+        rank,
+        start.uuid,
+        start.rank,
+        on_event=lambda event: channel.send(to_happened(event)),
+        # Closed, the link tells rank 0 that this rank is lost.
+        on_crash=lambda error: channel.close(),
+    )
+    channel.send(msgspec.msgpack.encode(RankReady(transfers.start())))
+    try:
+        _follow(rank, transfers, channel)
+    finally:
+        transfers.stop()
+        group.close()
+
+
+def _follow(rank: Rank, thread: TransferThread, channel: Channel) -> None:
+    port = LocalPort(thread, device_sync(rank.device))
+    while (payload := channel.receive()) is not None:
+        message = TO_RANK.decode(payload)
+        match message:
+            case StepPlan():
+                rank.runner.run(message)
+            case Submit():
+                port.submit(from_submit(message))
+            case RankStart():
+                raise AssertionError("a rank is started once")
+            case _:
+                assert_never(message)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from disagg.attention import AttentionBackend, make_attention
+from disagg.errors import ConfigError
+from disagg.kv.layout import PageLayout
+
+
+def make(spec: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionBackend:
+    layout = PageLayout(16, 1, 1, 64, dtype.itemsize)
+    return make_attention(spec, layout=layout, num_qo_heads=3, device=device, dtype=dtype, num_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("auto", "cpu"),
+        ("cpu", "cpu"),
+        ("reference", "reference"),
+        ("cpu,cpu", "cpu"),
+        ("reference,cpu", "reference,cpu"),
+        ("cpu, reference", "cpu,reference"),
+    ],
+)
+def test_a_name_or_a_pair_makes_its_backends(spec: str, name: str) -> None:
+    assert make(spec).name == name
+
+
+@pytest.mark.parametrize("spec", ["", "gpu", "cpu,", "cpu,cpu,cpu"])
+def test_an_unknown_name_is_refused_with_those_that_exist(spec: str) -> None:
+    with pytest.raises(ConfigError, match="auto, cpu, reference, fi, fa"):
+        make(spec)
+
+
+@pytest.mark.parametrize(("spec", "extra"), [("fi", "cuda"), ("fa", "flash-attn"), ("fi,cpu", "cuda")])
+def test_gpu_backends_are_refused_by_name(spec: str, extra: str) -> None:
+    """Asked for and missing is an error, never another path."""
+    with pytest.raises(ConfigError, match=rf"disagg\[{extra}\]"):
+        make(spec)
+
+
+def test_cpu_kernels_are_refused_elsewhere_and_for_other_types() -> None:
+    with pytest.raises(ConfigError, match="device cuda"):
+        make("cpu", device="cuda")
+    with pytest.raises(ConfigError, match="float16"):
+        make("cpu", dtype=torch.float16)
+    assert make("auto", device="cuda").name == "reference"

@@ -1,0 +1,162 @@
+"""The terminal chat, without a terminal or a server."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from disagg.client import ChatServer, Conversation, run_chat
+from disagg.client.chat import HELP, Terminal, printable
+from support.clock import FakeClock
+
+
+def events(*texts: str, tokens: int | None = 2) -> bytes:
+    chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": text}}]} for text in texts]
+    if tokens is not None:
+        chunks.append({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": tokens}})
+    return (
+        b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+    )
+
+
+class Session:
+    """A chat with scripted lines and answers; keeps what was asked and shown."""
+
+    def __init__(self, answers: list[Callable[[], httpx.Response]], system: str | None = None) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.shown = ""
+        self.notes: list[str] = []
+        self.conversation = Conversation(system)
+        self.clock = FakeClock()
+        self._answers = iter(answers)
+
+    def run(self, *lines: str | type[BaseException]) -> int:
+        script = iter([*lines, EOFError])
+
+        def read() -> str:
+            line = next(script)
+            if isinstance(line, type):
+                raise line
+            return line
+
+        with httpx.Client(base_url="http://test", transport=httpx.MockTransport(self._handle)) as http:
+            server = ChatServer(http, "m", {"temperature": 0})
+            return run_chat(
+                server, self.conversation, Terminal(read, self._write, self.notes.append, self.clock)
+            )
+
+    def _handle(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        self.bodies.append(body)
+        self.asked.append(body["messages"])
+        return next(self._answers)()
+
+    def _write(self, text: str) -> None:
+        self.shown += text
+        self.clock.advance(0.5)
+
+
+def says(*texts: str) -> Callable[[], httpx.Response]:
+    return lambda: httpx.Response(200, content=events(*texts))
+
+
+def fails(status: int, message: str, code: str | None = None) -> Callable[[], httpx.Response]:
+    return lambda: httpx.Response(status, json={"error": {"message": message, "code": code}})
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def test_each_question_carries_what_was_said_before() -> None:
+    session = Session([says("Par", "is"), says("2 million")], system="Be brief.")
+    session.run("Capital of France?", "", "How many live there?")
+    system = {"role": "system", "content": "Be brief."}
+    assert session.asked == [
+        [system, user("Capital of France?")],
+        [system, user("Capital of France?"), assistant("Paris"), user("How many live there?")],
+    ]
+    assert session.shown == "Paris\n2 million\n"
+    assert session.bodies[0]["stream"] is True
+    assert session.bodies[0]["temperature"] == 0
+
+
+def test_the_speed_is_shown() -> None:
+    session = Session([says("a", "b")])
+    session.run("hi")
+    # the clock moves half a second with each text and with the line's end
+    assert session.notes == ["(2 tokens, first after 0 ms, 0.7 tokens/s)"]
+
+
+def test_commands() -> None:
+    session = Session([says("one"), says("two"), says("three"), says("four")])
+    session.run(
+        "/retry", "/help", "/nope", "hi", "/retry", "/new", "again", "/system Be kind.", "hello", "/exit"
+    )
+    assert session.asked[1] == [user("hi")], "/retry asks the same, as if it had not been answered"
+    assert session.asked[2] == [user("again")]
+    assert session.asked[3] == [{"role": "system", "content": "Be kind."}, user("hello")]
+    assert session.notes[0] == "Nothing has been asked yet."
+    assert session.notes[1] == HELP
+    assert session.notes[2].startswith("/nope is unknown")
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave() -> None:
+    session = Session([says("one")])
+    session.run(KeyboardInterrupt, "hi")
+    assert session.notes[0] == "Ctrl-D or /exit leaves."
+    assert session.shown == "one\n"
+
+
+def interrupted(*texts: str) -> Callable[[], httpx.Response]:
+    def content() -> Iterator[bytes]:
+        for text in texts:
+            yield events(text).partition(b"\n\n")[0] + b"\n\n"
+        raise KeyboardInterrupt
+
+    return lambda: httpx.Response(200, content=content())
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said() -> None:
+    session = Session([interrupted("Once upon"), says("ok")])
+    session.run("Tell a story.", "Thanks.")
+    assert session.notes[0] == "(stopped)"
+    assert session.asked[1] == [user("Tell a story."), assistant("Once upon"), user("Thanks.")]
+
+
+def test_ctrl_c_before_the_first_word_leaves_no_trace() -> None:
+    session = Session([interrupted(), says("ok")])
+    session.run("Tell a story.", "Hello?")
+    assert session.asked[1] == [user("Hello?")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "note"),
+    [
+        (fails(503, "no worker"), "no worker"),
+        (fails(400, "too long", "context_length_exceeded"), "/new"),
+        (lambda: httpx.Response(200, content=b"data: [oops]\n\n"), "no chunk"),
+        (lambda: httpx.Response(200, content=events("half").partition(b"data: [DONE]")[0]), "broke off"),
+    ],
+)
+def test_a_question_that_fails_is_not_kept(answer: Callable[[], httpx.Response], note: str) -> None:
+    """Two questions in a row are refused by many chat templates."""
+    session = Session([answer, says("ok")])
+    assert session.run("hi", "hello") == 1, "a script must learn of it"
+    assert note in session.notes[0]
+    assert session.asked[1] == [user("hello")]
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    """Escape sequences can rename the window, hide text or type into the shell."""
+    session = Session([says("a\x1b[2J\x1b]0;x\x07b\r\u202ec\x9b1m\td\n👩🏽\u200d🚀é")])
+    session.run("hi")
+    assert session.shown == "a[2J]0;xbc1m\td\n👩🏽\u200d🚀é\n"
+    assert printable("plain ß 世界") == "plain ß 世界"

@@ -1,0 +1,62 @@
+"""The worker's http port, without a socket."""
+
+import asyncio
+
+import httpx
+
+from disagg.protocol import WorkerState
+from disagg.worker.http import make_app
+
+
+class View:
+    def __init__(self, state: WorkerState) -> None:
+        self.state: WorkerState = state
+        self.drained = 0
+
+    def metrics_text(self) -> bytes:
+        return b"disagg_worker_pages 1\n"
+
+    async def drain(self) -> int:
+        self.drained += 1
+        return 3
+
+
+async def ask(view: View, method: str, path: str, peer: str = "127.0.0.1") -> httpx.Response:
+    transport = httpx.ASGITransport(make_app(view), client=(peer, 1234))
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+        return await client.request(method, path)
+
+
+async def _health(state: WorkerState) -> int:
+    return (await ask(View(state), "GET", "/health")).status_code
+
+
+def test_health_is_200_only_when_ready() -> None:
+    assert asyncio.run(_health("ready")) == 200
+    assert asyncio.run(_health("starting")) == 503
+    assert asyncio.run(_health("draining")) == 503
+
+
+def test_live_is_200_in_every_state() -> None:
+    """A liveness probe that failed while draining would have the drain killed."""
+    for state in ("starting", "ready", "draining"):
+        assert asyncio.run(ask(View(state), "GET", "/live")).status_code == 200
+
+
+def test_drain_is_answered_to_loopback_only() -> None:
+    view = View("ready")
+    assert asyncio.run(ask(view, "POST", "/drain", peer="10.0.0.7")).status_code == 403
+    assert view.drained == 0
+    answer = asyncio.run(ask(view, "POST", "/drain"))
+    assert (answer.status_code, answer.json(), view.drained) == (200, {"leases": 3}, 1)
+
+
+def test_drain_by_get_is_refused() -> None:
+    """A crawler or a browser's prefetch must not stop a worker."""
+    assert asyncio.run(ask(View("ready"), "GET", "/drain")).status_code == 405
+
+
+def test_metrics_are_prometheus_text() -> None:
+    answer = asyncio.run(ask(View("ready"), "GET", "/metrics"))
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert answer.text == "disagg_worker_pages 1\n"
