@@ -1,6 +1,7 @@
 """`disagg chat`."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import click
@@ -26,21 +27,26 @@ def chat(url: str, model: str | None, system: str | None, api_key: str | None, *
     from disagg.client import ChatServer, Conversation, base_url, bearer, first_model, run_chat
     from disagg.errors import DisaggError
 
-    headers = bearer(api_key)
-    # An answer may take long to begin behind a queue, but a server that is not there says so at once.
-    timeout = httpx.Timeout(None, connect=5.0)
-    with httpx.Client(base_url=base_url(url), headers=headers, timeout=timeout, trust_env=False) as http:
-        try:
-            server = ChatServer(
-                http, model or first_model(http), {k: v for k, v in options.items() if v is not None}
-            )
-        except DisaggError as error:
-            raise click.ClickException(f"{error}. `disagg serve` starts a server.") from error
-        if sys.stdin.isatty():
-            click.secho(f"{server.model} at {base_url(url)}; /help lists the commands.", dim=True, err=True)
-        num_failed = run_chat(server, Conversation(system), _terminal())
-        if num_failed and not sys.stdin.isatty():
-            raise SystemExit(1)
+    connect = partial(
+        httpx.Client,
+        base_url=base_url(url),
+        headers=bearer(api_key),
+        # An answer may take long to begin behind a queue, but a server that is not there says so at once.
+        timeout=httpx.Timeout(None, connect=5.0),
+        trust_env=False,
+    )
+    try:
+        if model is None:
+            with connect() as http:
+                model = first_model(http)
+    except DisaggError as error:
+        raise click.ClickException(f"{error}. `disagg serve` starts a server.") from error
+    server = ChatServer(connect, model, {k: v for k, v in options.items() if v is not None})
+    if sys.stdin.isatty():
+        click.secho(f"{server.model} at {base_url(url)}; /help lists the commands.", dim=True, err=True)
+    num_failed = run_chat(server, Conversation(system), _terminal())
+    if num_failed and not sys.stdin.isatty():
+        raise SystemExit(1)
 
 
 def _terminal() -> Any:

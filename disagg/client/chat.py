@@ -61,10 +61,14 @@ class Conversation:
 
 
 class ChatServer:
-    """A server, its model, and how it is to answer."""
+    """A server, its model, and how it is to answer.
 
-    def __init__(self, http: httpx.Client, model: str, options: dict[str, Any]) -> None:
-        self._http = http
+    `connect` makes a client. Each answer has its own: Ctrl-C may come at any instruction, also where the
+    library has a connection and nobody to close it, and the server would go on with the answer.
+    """
+
+    def __init__(self, connect: Callable[[], httpx.Client], model: str, options: dict[str, Any]) -> None:
+        self._connect = connect
         self.model = model
         self._options = options
         self.completion_tokens: int | None = None
@@ -84,18 +88,22 @@ class ChatServer:
             "stream_options": {"include_usage": True},
             **self._options,
         }
+        with self._connect() as http:
+            try:
+                yield from self._read(http, body)
+            except httpx.HTTPError as error:
+                raise unreachable(str(http.base_url), error) from error
+
+    def _read(self, http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
         reader = EventReader()
-        try:
-            with self._http.stream("POST", "/v1/chat/completions", json=body) as answer:
-                if answer.status_code != 200:
-                    raise error_of(answer.status_code, answer.read())
-                for data in answer.iter_bytes():
-                    for chunk in reader.feed(data):
-                        if chunk.usage is not None:
-                            self.completion_tokens = chunk.usage.completion_tokens
-                        yield from filter(None, (choice.said() for choice in chunk.choices))
-        except httpx.HTTPError as error:
-            raise unreachable(str(self._http.base_url), error) from error
+        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise error_of(answer.status_code, answer.read())
+            for data in answer.iter_bytes():
+                for chunk in reader.feed(data):
+                    if chunk.usage is not None:
+                        self.completion_tokens = chunk.usage.completion_tokens
+                    yield from filter(None, (choice.said() for choice in chunk.choices))
         if not reader.done:
             raise ServerError("the answer broke off")
 

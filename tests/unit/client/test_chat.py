@@ -30,6 +30,8 @@ class Session:
         self.shown = ""
         self.notes: list[str] = []
         self.conversation = Conversation(system)
+        self.clients: list[httpx.Client] = []
+        self.client_kind = httpx.Client
         self.clock = FakeClock()
         self._answers = iter(answers)
 
@@ -42,11 +44,15 @@ class Session:
                 raise line
             return line
 
-        with httpx.Client(base_url="http://test", transport=httpx.MockTransport(self._handle)) as http:
-            server = ChatServer(http, "m", {"temperature": 0})
-            return run_chat(
-                server, self.conversation, Terminal(read, self._write, self.notes.append, self.clock)
-            )
+        server = ChatServer(self._connect, "m", {"temperature": 0})
+        terminal = Terminal(read, self._write, self.notes.append, self.clock)
+        return run_chat(server, self.conversation, terminal)
+
+    def _connect(self) -> httpx.Client:
+        self.clients.append(
+            self.client_kind(base_url="http://test", transport=httpx.MockTransport(self._handle))
+        )
+        return self.clients[-1]
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
@@ -93,6 +99,19 @@ def test_the_speed_is_shown() -> None:
     session.run("hi")
     # the clock moves half a second with each text and with the line's end
     assert session.notes == ["(2 tokens, first after 0 ms, 0.7 tokens/s)"]
+
+
+def test_ctrl_c_between_two_instructions_of_the_library_leaves_no_connection() -> None:
+    class Interrupted(httpx.Client):
+        def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+            super().send(request, **options)
+            raise KeyboardInterrupt
+
+    session = Session([says("a", "b")])
+    session.client_kind = Interrupted
+    assert session.run("hi") == 0
+    assert session.notes == ["(stopped)"]
+    assert [client.is_closed for client in session.clients] == [True]
 
 
 def test_commands() -> None:
