@@ -53,12 +53,15 @@ def test_requests_are_answered(running: RunningServer) -> None:
         assert http.get("/v1/models").json()["data"][0]["id"] == "m"
 
 
-def test_what_is_not_http_gets_its_answer_and_then_the_end(connection: ssl.SSLSocket) -> None:
+def test_what_is_not_http_gets_its_answer_and_then_the_end(
+    connection: ssl.SSLSocket, caplog: pytest.LogCaptureFixture
+) -> None:
     """TLS has no half-closed connection to linger on."""
     connection.sendall(b"nonsense\r\n\r\n")
     head, _, body = read_all(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert json.loads(body)["error"]["message"] == "the request is not valid HTTP"
+    assert caplog.messages == []
 
 
 def test_a_body_too_large_is_answered(connection: ssl.SSLSocket) -> None:
