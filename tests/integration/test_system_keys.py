@@ -251,7 +251,7 @@ def test_what_cannot_be_kept_safe_is_refused_at_start() -> None:
         run_worker(WorkerConfig(control="tcp://0.0.0.0:0"), ready=ready)
     with pytest.raises(ConfigError, match="transport_keys '/nowhere' cannot be used"):
         run_worker(WorkerConfig(transport_keys="/nowhere"), ready=ready)
-    with pytest.raises(ConfigError, match="transport_keys are needed"):
+    with pytest.raises(ConfigError, match="workers must be loopback addresses without transport_keys"):
         run_router(RouterConfig(workers=("tcp://10.0.0.1:1",)), ready=ready)
     with pytest.raises(ConfigError, match="transport_keys '/nowhere' cannot be used"):
         run_router(RouterConfig(transport_keys="/nowhere"), ready=ready)
