@@ -267,5 +267,5 @@ class ZmqLink:
         self._num_refusals += 1
         if self._num_refusals == REFUSALS_TO_TELL:
             reason = "with every transport key" if self._keys else "without a transport key"
-            log.error("worker refused the handshake %s", fields(address=self._address, tried=reason))
+            log.error("no handshake with the worker %s", fields(address=self._address, tried=reason))
         self._connect(after_s=REFUSED_RETRY_S)
