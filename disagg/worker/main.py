@@ -44,6 +44,8 @@ from disagg.worker.kv_thread import TRANSPORT
 from disagg.worker.links import PeerLinks
 from disagg.worker.load import Loaded, load_worker, whole_percents
 from disagg.worker.metrics import MetricLabels, WorkerCounts, WorkerMetrics
+from disagg.worker.node import run_node
+from disagg.worker.nodes import NodeLinks, bind_nodes, ranks_of
 from disagg.worker.outbox import (
     Batch,
     CloseLink,
@@ -55,7 +57,7 @@ from disagg.worker.outbox import (
     ToRouter,
     ToRouters,
 )
-from disagg.worker.ranks import RankGroup
+from disagg.worker.ranks import LOOPBACK, RankGroup
 from disagg.worker.service import WorkerService
 
 log = logging.getLogger(__name__)
@@ -82,10 +84,13 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
         ConfigError: the configuration cannot work.
     """
     set_up_logging(config.worker_id or config.role)
+    if config.nodes.node_rank > 0:
+        return run_node(config, ready=ready)
     check_control_address(config.control)
     size = config.engine.tensor_parallel_size
     if size > 1:
         # Before any rank is started, for one that cannot work would leave the others waiting.
+        ranks_of(0, config.nodes.num_nodes, size)
         check_tensor_parallel(load_spec(resolve(config.model.model).path), size)
     prepare_environment()
     return asyncio.run(_Worker(config, ready).run())
@@ -128,11 +133,27 @@ class _Worker:
             self._links = PeerLinks(context, self._uuid, self)
             stack.callback(self._links.close_all)
             self._ranks = RankGroup(
-                self._config, self._uuid, on_event=self._on_transfer, on_lost=self._on_crash
+                self._config,
+                self._uuid,
+                on_event=self._on_transfer,
+                on_lost=self._on_crash,
+                nodes=self._node_links(context),
             )
             stack.callback(self._ranks.kill)
             await self._serve(listener)
         return 0
+
+    def _node_links(self, context: "zmq.Context[zmq.Socket[bytes]]") -> NodeLinks | None:
+        nodes = self._config.nodes
+        if nodes.num_nodes == 1:
+            return None
+        address = f"tcp://{self._config.advertise_host or LOOPBACK}:{nodes.node_port}"
+        return NodeLinks(
+            bind_nodes(context, address),
+            self._config,
+            state=lambda: self.state,
+            on_drain=self._on_node_drain,
+        )
 
     async def _serve(self, listener: socket.socket) -> None:
         self._engine = EngineThread(
@@ -294,6 +315,10 @@ class _Worker:
     def _on_crash(self, error: Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed: this process ends for an earlier reason
             self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _on_node_drain(self) -> None:
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stopping.set)
 
     def _perform(self, batch: Batch) -> None:
         for effect in batch:

@@ -15,7 +15,7 @@ import psutil
 import zmq
 from msgspec.structs import replace
 
-from disagg.config import EngineConfig, LeaseConfig, ModelConfig, WorkerConfig, flatten
+from disagg.config import EngineConfig, LeaseConfig, ModelConfig, NodesConfig, WorkerConfig, flatten
 from disagg.protocol import (
     PROTOCOL_VERSION,
     Failed,
@@ -46,6 +46,13 @@ LIMIT_S = 20.0
 TTL_S = 20.0
 
 M = TypeVar("M")
+
+KINDS: dict[str, Any] = {
+    "engine": EngineConfig,
+    "model": ModelConfig,
+    "lease": LeaseConfig,
+    "nodes": NodesConfig,
+}
 
 
 def eventually(condition: Callable[[], Any], what: Any, within_s: float = LIMIT_S) -> Any:
@@ -126,9 +133,10 @@ def make_config(
         "engine": engine,
         "model": {"model": str(checkpoint), "dtype": "float32", "device": "cpu"},
         "lease": {"drain_seconds": 10.0},
+        "nodes": {},
     }
     for key, value in changes.items():
-        for part, kind in (("engine", EngineConfig), ("model", ModelConfig), ("lease", LeaseConfig)):
+        for part, kind in KINDS.items():
             if key in kind.__struct_fields__:
                 parts[part][key] = value
     return WorkerConfig(
@@ -140,6 +148,7 @@ def make_config(
         engine=EngineConfig(**parts["engine"]),
         model=ModelConfig(**parts["model"]),
         lease=LeaseConfig(**parts["lease"]),
+        nodes=NodesConfig(**parts["nodes"]),
     )
 
 
