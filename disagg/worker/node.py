@@ -27,10 +27,13 @@ from zmq.utils.monitor import recv_monitor_message
 from disagg.config import WorkerConfig
 from disagg.errors import ConfigError, DisaggError, WorkerLost
 from disagg.protocol import PROTOCOL_VERSION, WorkerState
+from disagg.security import HANDSHAKE_FAILED, KeyChoice, KeyRing, choice_for, secure_client
 from disagg.telemetry import fields, set_up_logging
 from disagg.transfer import prepare_environment
-from disagg.worker.http import HttpServer, bind_http, http_url, make_app
+from disagg.worker.addresses import http_url, is_local
+from disagg.worker.http import HttpServer, bind_http, make_app
 from disagg.worker.nodes import (
+    BEAT_MS,
     TO_NODE,
     FromNode,
     NodeDrain,
@@ -55,7 +58,7 @@ DRAIN_MARGIN_S = 10.0
 """Beyond what the leader may take to drain."""
 
 
-def run_node(config: WorkerConfig, *, ready: Ready) -> int:
+def run_node(config: WorkerConfig, keys: KeyRing | None, *, ready: Ready) -> int:
     """Run the ranks of one node until the worker ends; return the exit status.
 
     `ready` is told once, when the worker is: `{"event": "ready", "http": url, "port": …, "pid": …}`.
@@ -71,15 +74,21 @@ def run_node(config: WorkerConfig, *, ready: Ready) -> int:
         raise ConfigError(
             f"node_rank must be below num_nodes = {config.nodes.num_nodes}, got {config.nodes.node_rank}"
         )
-    prepare_environment()
-    return asyncio.run(_Agent(config, ready).run())
+    prepare_environment(loopback_only=is_local(config))
+    choice = choice_for(keys, _address(config))
+    return asyncio.run(_Agent(config, choice, ready).run())
+
+
+def _address(config: WorkerConfig) -> str:
+    return f"tcp://{config.nodes.leader_address}:{config.nodes.node_port}"
 
 
 class _Agent:
     """The main thread's side."""
 
-    def __init__(self, config: WorkerConfig, ready: Ready) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyChoice | None, ready: Ready) -> None:
         self._config = config
+        self._keys = keys
         self._ready = ready
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._state: WorkerState = "starting"
@@ -94,9 +103,10 @@ class _Agent:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._on_signal)
         with bind_http(self._config.http_host, self._config.http_port) as listener:
-            self._http_url, self._http_port = http_url(listener), int(listener.getsockname()[1])
+            host, self._http_port = listener.getsockname()[:2]
+            self._http_url = http_url(host, self._http_port, self._config.advertise_host)
             http = HttpServer(make_app(self))
-            self._link = _LeaderLink(self._config, self)
+            self._link = _LeaderLink(self._config, self._keys, self)
             self._link.start()
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -183,8 +193,9 @@ class _Agent:
 class _LeaderLink:
     """The link thread. It owns the sockets and the far ends."""
 
-    def __init__(self, config: WorkerConfig, agent: _Agent) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyChoice | None, agent: _Agent) -> None:
         self._config = config
+        self._keys = keys
         self._agent = agent
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -192,6 +203,7 @@ class _LeaderLink:
         self._thread = threading.Thread(target=self._run, name="leader-link", daemon=True)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._has_joined = False
+        self._was_refused = False
         self._is_open = True
 
     def start(self) -> None:
@@ -252,15 +264,15 @@ class _LeaderLink:
             self._disconnect()
 
     def _connect(self) -> None:
-        nodes = self._config.nodes
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         set_heartbeat(self._socket)
+        secure_client(self._socket, self._keys)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
-            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | HANDSHAKE_FAILED
         )
-        self._socket.connect(f"tcp://{nodes.leader_address}:{nodes.node_port}")
+        self._socket.connect(_address(self._config))
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
 
@@ -274,11 +286,25 @@ class _LeaderLink:
     def _on_monitor(self) -> None:
         event = recv_monitor_message(self._monitor)["event"]
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            if self._keys is not None:
+                self._keys.on_accepted()
             nodes = self._config.nodes
             host = self._config.advertise_host or LOOPBACK
             self._send(NodeHello(PROTOCOL_VERSION, nodes.node_rank, nodes.num_nodes, host))
         elif self._has_joined:
             self._end(WorkerLost("the leader is gone"))
+        elif event & HANDSHAKE_FAILED:
+            self._disconnect()
+            if self._keys is None or self._keys.on_refused():
+                if not self._was_refused:
+                    tried = "with every transport key" if self._keys else "without a transport key"
+                    log.error(
+                        "the leader refused the handshake %s",
+                        fields(address=_address(self._config), tried=tried),
+                    )
+                self._was_refused = True
+                self._poller.poll(BEAT_MS)  # before the next round, unless there is something to do
+            self._connect()
 
     def _receive(self) -> None:
         message = TO_NODE.decode(self._socket.recv())

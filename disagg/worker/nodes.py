@@ -22,6 +22,7 @@ from msgspec import Struct
 from disagg.config import WorkerConfig
 from disagg.errors import ConfigError
 from disagg.protocol import PROTOCOL_VERSION, WorkerState
+from disagg.security import KeyRing, secure_server
 from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -106,12 +107,15 @@ def set_heartbeat(end: "zmq.Socket[bytes]") -> None:
     end.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
-def bind_nodes(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+def bind_nodes(
+    context: "zmq.Context[zmq.Socket[bytes]]", keys: KeyRing | None, address: str
+) -> "zmq.Socket[bytes]":
     """Open the leader's socket. Raises `ConfigError` where the address is taken."""
     bound: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     # A send to a node that has gone fails: that is how we learn of it.
     bound.setsockopt(zmq.ROUTER_MANDATORY, 1)
     set_heartbeat(bound)
+    secure_server(bound, keys, address)
     try:
         bound.bind(address)
     except zmq.ZMQError as error:

@@ -1,7 +1,10 @@
 """One worker whose ranks are on several nodes, each node a process tree of its own here."""
 
+import os
+import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from disagg.config import WorkerConfig
 from disagg.protocol import Abort, Accepted, Fenced, Generate, KvReceived
 from support.checkpoints import make_checkpoint
+from support.keys import KeyFolder
 from support.workers import (
     TTL_S,
     Link,
     Router,
     WorkerProcess,
+    eventually,
     finish,
     greedy,
     make_config,
@@ -27,6 +33,7 @@ from support.workers import (
     start_worker,
 )
 
+HOSTS = ("10.213.7.1", "10.213.7.2")
 NUM_PAGES = 38
 PROMPT = [3 + (7 * i + 13 * (i % 5)) % 300 for i in range(150)]
 LOST_WITHIN_S = 10.0
@@ -70,6 +77,29 @@ def over_nodes(
 def decode(tmp_path: Path, model: Path) -> Iterator[list[WorkerProcess]]:
     with over_nodes(tmp_path, model, "decode") as nodes:
         yield nodes
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A network namespace with `HOSTS[1]`, joined by a wire to this one with `HOSTS[0]`."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    name = f"disagg{os.getpid()}"
+    near, far = f"n{os.getpid()}", f"f{os.getpid()}"
+
+    def ip(command: str) -> None:
+        subprocess.run(["ip", *command.split()], check=True)
+
+    ip(f"netns add {name}")
+    try:
+        ip(f"link add {near} type veth peer name {far} netns {name}")
+        ip(f"addr add {HOSTS[0]}/30 dev {near}")
+        ip(f"link set {near} up")
+        for command in (f"addr add {HOSTS[1]}/30 dev {far}", f"link set {far} up", "link set lo up"):
+            ip(f"netns exec {name} ip {command}")
+        yield name
+    finally:
+        ip(f"netns del {name}")
 
 
 @contextmanager
@@ -188,3 +218,53 @@ def test_a_node_that_does_not_fit_is_refused_by_name(
         assert reason in (tmp_path / f"wrong-{number}.log").read_text()
     with link_to(decode[0]) as link:
         assert run_local(link, "u", PROMPT)[1] == "stop"
+
+
+def test_nodes_of_two_network_namespaces_meet_with_the_release_s_key_alone(
+    tmp_path: Path, model: Path, namespace: str
+) -> None:
+    keys = KeyFolder(tmp_path / "keys", current="release")
+    others = KeyFolder(tmp_path / "other-keys", current="other")
+    port = free_port()
+
+    def node(name: str, rank: int, folder: KeyFolder) -> WorkerConfig:
+        return make_config(
+            tmp_path,
+            model,
+            "decode",
+            name,
+            2,
+            num_nodes=2,
+            node_rank=rank,
+            node_port=port,
+            leader_address=HOSTS[0],
+            advertise_host=HOSTS[rank],
+            transport_keys=str(folder.path),
+        )
+
+    prefill_config = make_config(
+        tmp_path, model, "prefill", "p", advertise_host=HOSTS[0], transport_keys=str(keys.path)
+    )
+    leader = start_worker(node("leader", 0, keys), tmp_path)
+    stranger = start_worker(node("stranger", 1, others), tmp_path, namespace)
+    try:
+        log = tmp_path / "stranger.log"
+        eventually(lambda: "the leader refused the handshake" in log.read_text(), log.read_text, 60)
+        assert "node joined" not in (tmp_path / "leader.log").read_text()
+        stranger.process.kill()
+        member = start_worker(node("member", 1, keys), tmp_path, namespace)
+        try:
+            with running_workers(tmp_path, prefill_config) as (p,), Router(p, leader.wait_ready()) as router:
+                expected = run_local(router.links[1], "u", PROMPT)
+                text = [3 + token % 300 for token in reversed(PROMPT)]
+                assert len(run_disaggregated(*router.links, "a", text)[0]) > 1
+                assert router.links[1].expect(KvReceived, transfer_id="a").num_pages == NUM_PAGES
+                assert run_disaggregated(*router.links, "b", PROMPT) == expected
+            assert leader.terminate() == 0
+            assert member.process.wait(10) == 0
+        finally:
+            member.close()
+    finally:
+        stranger.close()
+        leader.close()
+    print((tmp_path / "leader.log").read_text(), (tmp_path / "member.log").read_text())

@@ -143,6 +143,8 @@ def make_config(
         role=role,  # type: ignore[arg-type]
         worker_id=name,
         control=changes.get("control", f"ipc://{folder}/{name}.sock"),
+        advertise_host=changes.get("advertise_host"),
+        transport_keys=changes.get("transport_keys"),
         http_host=changes.get("http_host", "127.0.0.1"),
         http_port=0,
         engine=EngineConfig(**parts["engine"]),
@@ -152,8 +154,8 @@ def make_config(
     )
 
 
-def start_worker(config: WorkerConfig, folder: Path) -> WorkerProcess:
-    """Start `disagg worker` as the supervisor does."""
+def start_worker(config: WorkerConfig, folder: Path, namespace: str | None = None) -> WorkerProcess:
+    """Start `disagg worker` as the supervisor does, in a network namespace if one is named."""
     file = folder / f"{config.worker_id}.json"
     file.write_text(json.dumps(flatten(config)))
     events_fd, child_fd = os.pipe()
@@ -166,9 +168,10 @@ def start_worker(config: WorkerConfig, folder: Path) -> WorkerProcess:
         "--parent-pid",
         str(os.getpid()),
     ]
+    entering = ["ip", "netns", "exec", namespace] if namespace is not None else []
     with (folder / f"{config.worker_id}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "disagg", *arguments],
+            [*entering, sys.executable, "-m", "disagg", *arguments],
             pass_fds=[child_fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
