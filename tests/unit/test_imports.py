@@ -38,7 +38,7 @@ LAYERS = {
     },
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
-    "frontend": {"checkpoint", "config", "errors", "protocol"},
+    "frontend": {"checkpoint", "config", "errors", "protocol", "security"},
     "router": {"_core", "checkpoint", "config", "errors", "frontend", "protocol", "security", "telemetry"},
     "supervisor": {"checkpoint", "config", "errors"},
 }
