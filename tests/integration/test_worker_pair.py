@@ -407,7 +407,7 @@ class TestDeath:
                 assert run_disaggregated(link, decode_link, "b", tokens) == expected
 
                 reserved = reserve(decode_link, "c", prompt(400, 9))
-                # Stopped, it answers no write: what is killed below has some under way, however fast they are.
+                # Stopped, it answers no write: some are under way when it is killed, however fast they are.
                 d.process.send_signal(signal.SIGSTOP)
                 prefill(link, decode_link, reserved, prompt(400, 9))
                 link.expect(FirstToken, transfer_id="c")
