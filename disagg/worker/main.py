@@ -36,7 +36,7 @@ from disagg.protocol import (
     WorkerState,
 )
 from disagg.security import KeyRing, admission
-from disagg.telemetry import fields, set_up_logging
+from disagg.telemetry import Stages, fields, set_up_logging
 from disagg.transfer import Event, prepare_environment
 from disagg.worker.addresses import advertised_address, check_addresses, http_url, is_local
 from disagg.worker.endpoint import ControlEndpoint
@@ -85,6 +85,8 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
     Raises:
         ConfigError: the configuration cannot work.
     """
+    stages = Stages()
+    stages.end("imports")
     set_up_logging(config.worker_id or config.role)
     check_addresses(config)
     keys = KeyRing(Path(config.transport_keys)) if config.transport_keys else None
@@ -96,15 +98,16 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
         ranks_of(0, config.nodes.num_nodes, size)
         check_tensor_parallel(load_spec(resolve(config.model.model).path), size)
     prepare_environment(loopback_only=is_local(config))
-    return asyncio.run(_Worker(config, keys, ready).run())
+    return asyncio.run(_Worker(config, keys, stages, ready).run())
 
 
 class _Worker:
     """The loop's side of a worker: everything with a descriptor."""
 
-    def __init__(self, config: WorkerConfig, keys: KeyRing | None, ready: Ready) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyRing | None, stages: Stages, ready: Ready) -> None:
         self._config = config
         self._keys = keys
+        self._stages = stages
         self._ready = ready
         self._uuid = uuid.uuid4().hex
         self._worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}"
@@ -225,6 +228,7 @@ class _Worker:
             uuid=self._uuid,
             ranks=self._ranks,
             counts=self._counts,
+            stages=self._stages,
             progress=whole_percents(
                 lambda done, total: self._ready({"event": "progress", "done": done, "total": total})
             ),
@@ -237,7 +241,13 @@ class _Worker:
         """Let routers and peers in, and say so."""
         self._endpoint.start(self)
         log.info(
-            "worker ready %s", fields(control=self._endpoint.address, http=self._http_url, pid=os.getpid())
+            "worker ready %s",
+            fields(
+                control=self._endpoint.address,
+                http=self._http_url,
+                pid=os.getpid(),
+                **self._stages.fields(),
+            ),
         )
         self._ready(
             {
