@@ -38,7 +38,8 @@ LAYERS = {
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol"},
-    "router": {"_core", "checkpoint", "config", "errors", "frontend", "protocol", "telemetry"},
+    "kubernetes": {"errors", "telemetry"},
+    "router": {"_core", "checkpoint", "config", "errors", "frontend", "kubernetes", "protocol", "telemetry"},
     "supervisor": {"checkpoint", "config", "errors"},
 }
 TORCH_FREE = [
@@ -49,10 +50,12 @@ TORCH_FREE = [
     "checkpoint",
     "telemetry",
     "frontend",
+    "kubernetes",
     "router",
     "supervisor",
 ]
 OWNERS = {
+    "kubernetes": {"kubernetes/client.py"},
     "nixl": {"transfer/nixl.py"},
     "flashinfer": {"attention/flashinfer.py"},
     "flash_attn": {"attention/flash_attn.py"},
