@@ -14,7 +14,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from disagg._core import PrefixIndex
-from disagg.checkpoint import resolve
+from disagg.checkpoint import resolve, tokenizer_hash
 from disagg.config import RouterConfig
 from disagg.frontend import HttpServer, TextModel, create_app
 from disagg.kubernetes import follow_release
@@ -54,7 +54,7 @@ async def _run(config: RouterConfig, ready: Report) -> int:
     files = resolve(model.model)
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
     connector = ZmqConnector()
-    dispatcher = _make_dispatcher(config, connector)
+    dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path))
     service = RouterService(dispatcher, Ledger(config.routing.ledger_size))
     app = create_app(
         service,
@@ -86,7 +86,7 @@ async def _run(config: RouterConfig, ready: Report) -> int:
         gc.unfreeze()
 
 
-def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatcher:
+def _make_dispatcher(config: RouterConfig, connector: ZmqConnector, tokenizer: str) -> Dispatcher:
     series = CollectorRegistry()
     ProcessCollector(registry=series)
     # The leases are counted when asked, by what is made with the metrics in hand.
@@ -98,6 +98,7 @@ def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatche
         router_id=token_hex(8),
         routing=config.routing,
         lease=config.lease,
+        tokenizer_hash=tokenizer,
     )
     return dispatcher
 

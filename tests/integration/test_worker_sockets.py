@@ -24,11 +24,13 @@ from disagg.protocol import (
     PeerHello,
     Renew,
     ToWorker,
+    Welcome,
     decoder,
     encode,
 )
 from disagg.worker.endpoint import ControlEndpoint
 from disagg.worker.links import PeerLinks
+from support.router import WELCOME
 
 HELLO = PeerHello(PROTOCOL_VERSION, "p0", "p-uuid", KvLayout(16, 6, 3, 16, "float32", 1), [], "h", [])
 LOAD = Load("ready", 0, 0, 0, 0, 10, 10, 0, 0, 0.0, 0.0)
@@ -47,6 +49,9 @@ class Recorder:
 
     def on_hello(self, router_id: str, hello: Hello) -> None:
         self.hellos.append(router_id)
+
+    def welcome(self) -> Welcome:
+        return WELCOME
 
     def on_router(self, router_id: str, message: ToWorker) -> None:
         self.from_routers.append((router_id, message))
@@ -149,6 +154,7 @@ def test_whatever_is_not_the_protocol_is_counted(tmp_path: Path) -> None:
 def test_another_version_is_told_why(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         with bench.dealer(hello(version=99)) as socket:
+            assert await bench.receive(socket) == WELCOME, "for the router's list of workers"
             answer = await bench.receive(socket)
             assert isinstance(answer, Goodbye)
             assert "99" in answer.reason
