@@ -98,14 +98,51 @@ class LeaseConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = 120.0
 
 
+class NodesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A worker whose ranks are spread over several nodes."""
+
+    num_nodes: Annotated[
+        int, Meta(ge=1, description="Nodes that one worker's ranks are spread over, as many on each.")
+    ] = 1
+    node_rank: Annotated[
+        int, Meta(ge=0, description="This node; 0 leads, the others run ranks for it and nothing else.")
+    ] = 0
+    leader_address: Annotated[str | None, Meta(description="Host of node 0, for the other nodes.")] = None
+    node_port: Annotated[
+        int, Meta(ge=1, le=65535, description="Port on node 0 to which the other nodes connect.")
+    ] = 5601
+
+
+TransportKeys = Annotated[
+    str | None,
+    Meta(
+        description="Folder with the keys that links between processes are encrypted and authenticated with: "
+        "`current`, and during a rotation `next` or `previous`, of 32 random bytes each."
+    ),
+]
+AdvertiseHost = Annotated[
+    Annotated[str, Meta(min_length=1)] | None,
+    Meta(
+        description="Address at which routers and other workers reach this one; by default the host of "
+        "`control`.",
+    ),
+]
+
+
 class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One worker process."""
 
     role: Annotated[RoleName, Meta(description="What this worker does.")] = "unified"
     worker_id: Annotated[str | None, Meta(description="Stable name; by default the role and host.")] = None
     control: Annotated[
-        str, Meta(description="Address of the control socket, tcp://127.0.0.1:PORT or ipc://PATH.")
+        str,
+        Meta(
+            description="Address of the control socket, tcp://HOST:PORT or ipc://PATH; other than loopback "
+            "only with transport keys."
+        ),
     ] = "tcp://127.0.0.1:5600"
+    advertise_host: AdvertiseHost = None
+    transport_keys: TransportKeys = None
     http_host: Annotated[str, Meta(description="Interface of /health, /live, /metrics and /drain.")] = (
         "127.0.0.1"
     )
@@ -115,6 +152,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     lease: LeaseConfig = LeaseConfig()
+    nodes: NodesConfig = NodesConfig()
 
 
 class RoutingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,6 +189,17 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     api_key: Annotated[
         tuple[ApiKey, ...], Meta(description="Key that clients must send; may be given several times.")
     ] = ()
+    api_key_file: Annotated[
+        str | None,
+        Meta(description="File with more of them, one a line; read again when it changes."),
+    ] = None
+    tls_certificate: Annotated[
+        str | None,
+        Meta(description="PEM file with the certificate and what leads to its root: the port speaks HTTPS."),
+    ] = None
+    tls_key: Annotated[
+        str | None, Meta(description="PEM file with its key. Both are read again when they change.")
+    ] = None
     max_body_bytes: Annotated[int, Meta(ge=1, description="Largest request body.")] = 8 * 1024 * 1024
     workers: Annotated[
         tuple[str, ...], Meta(description="Control addresses of workers; may be given several times.")
@@ -161,6 +210,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     discover_namespace: Annotated[
         str | None, Meta(description="Namespace of the release; by default this pod's own.")
     ] = None
+    transport_keys: TransportKeys = None
     model: ModelConfig = ModelConfig()
     lease: LeaseConfig = LeaseConfig()
     routing: RoutingConfig = RoutingConfig()

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, assert_never
 
 import zmq
@@ -34,16 +35,19 @@ from disagg.protocol import (
     Welcome,
     WorkerState,
 )
-from disagg.telemetry import fields, set_up_logging
+from disagg.security import KeyRing, admission
+from disagg.telemetry import Stages, fields, set_up_logging
 from disagg.transfer import Event, prepare_environment
-from disagg.worker.addresses import check_control_address
+from disagg.worker.addresses import advertised_address, check_addresses, http_url, is_local
 from disagg.worker.endpoint import ControlEndpoint
 from disagg.worker.engine_thread import EngineThread
-from disagg.worker.http import HttpServer, bind_http, http_url, make_app
+from disagg.worker.http import HttpServer, bind_http, make_app
 from disagg.worker.kv_thread import TRANSPORT
 from disagg.worker.links import PeerLinks
 from disagg.worker.load import Loaded, load_worker, whole_percents
 from disagg.worker.metrics import MetricLabels, WorkerCounts, WorkerMetrics
+from disagg.worker.node import run_node
+from disagg.worker.nodes import NodeLinks, bind_nodes, ranks_of
 from disagg.worker.outbox import (
     Batch,
     CloseLink,
@@ -55,7 +59,7 @@ from disagg.worker.outbox import (
     ToRouter,
     ToRouters,
 )
-from disagg.worker.ranks import RankGroup
+from disagg.worker.ranks import LOOPBACK, RankGroup
 from disagg.worker.service import WorkerService
 
 log = logging.getLogger(__name__)
@@ -81,21 +85,29 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
     Raises:
         ConfigError: the configuration cannot work.
     """
+    stages = Stages()
+    stages.end("imports")
     set_up_logging(config.worker_id or config.role)
-    check_control_address(config.control)
+    check_addresses(config)
+    keys = KeyRing(Path(config.transport_keys)) if config.transport_keys else None
+    if config.nodes.node_rank > 0:
+        return run_node(config, keys, ready=ready)
     size = config.engine.tensor_parallel_size
     if size > 1:
         # Before any rank is started, for one that cannot work would leave the others waiting.
+        ranks_of(0, config.nodes.num_nodes, size)
         check_tensor_parallel(load_spec(resolve(config.model.model).path), size)
-    prepare_environment()
-    return asyncio.run(_Worker(config, ready).run())
+    prepare_environment(loopback_only=is_local(config))
+    return asyncio.run(_Worker(config, keys, stages, ready).run())
 
 
 class _Worker:
     """The loop's side of a worker: everything with a descriptor."""
 
-    def __init__(self, config: WorkerConfig, ready: Ready) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyRing | None, stages: Stages, ready: Ready) -> None:
         self._config = config
+        self._keys = keys
+        self._stages = stages
         self._ready = ready
         self._uuid = uuid.uuid4().hex
         self._worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}"
@@ -117,22 +129,40 @@ class _Worker:
             self._loop.add_signal_handler(number, self._on_signal)
         with ExitStack() as stack:
             listener = stack.enter_context(bind_http(self._config.http_host, self._config.http_port))
-            self._http_url, self._http_port = http_url(listener), int(listener.getsockname()[1])
+            host, self._http_port = listener.getsockname()[:2]
+            self._http_url = http_url(host, self._http_port, self._config.advertise_host)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             # Waits until what was sent has left, as long as the sockets linger.
             stack.callback(context.term)
+            stack.enter_context(admission(context, self._keys))
             # Bound before the model loads, so that a taken address is told at once; whoever connects
             # is heard as soon as there is something to answer.
-            self._endpoint = ControlEndpoint(context, self._config.control)
+            self._endpoint = ControlEndpoint(context, self._config.control, self._keys)
             stack.callback(self._endpoint.close)
-            self._links = PeerLinks(context, self._uuid, self)
+            self._links = PeerLinks(context, self._uuid, self, self._keys)
             stack.callback(self._links.close_all)
             self._ranks = RankGroup(
-                self._config, self._uuid, on_event=self._on_transfer, on_lost=self._on_crash
+                self._config,
+                self._uuid,
+                on_event=self._on_transfer,
+                on_lost=self._on_crash,
+                nodes=self._node_links(context),
             )
             stack.callback(self._ranks.kill)
             await self._serve(listener)
         return 0
+
+    def _node_links(self, context: "zmq.Context[zmq.Socket[bytes]]") -> NodeLinks | None:
+        nodes = self._config.nodes
+        if nodes.num_nodes == 1:
+            return None
+        address = f"tcp://{self._config.advertise_host or LOOPBACK}:{nodes.node_port}"
+        return NodeLinks(
+            bind_nodes(context, self._keys, address),
+            self._config,
+            state=lambda: self.state,
+            on_drain=self._on_node_drain,
+        )
 
     async def _serve(self, listener: socket.socket) -> None:
         self._engine = EngineThread(
@@ -198,6 +228,7 @@ class _Worker:
             uuid=self._uuid,
             ranks=self._ranks,
             counts=self._counts,
+            stages=self._stages,
             progress=whole_percents(
                 lambda done, total: self._ready({"event": "progress", "done": done, "total": total})
             ),
@@ -210,7 +241,13 @@ class _Worker:
         """Let routers and peers in, and say so."""
         self._endpoint.start(self)
         log.info(
-            "worker ready %s", fields(control=self._endpoint.address, http=self._http_url, pid=os.getpid())
+            "worker ready %s",
+            fields(
+                control=self._endpoint.address,
+                http=self._http_url,
+                pid=os.getpid(),
+                **self._stages.fields(),
+            ),
         )
         self._ready(
             {
@@ -236,7 +273,7 @@ class _Worker:
             pid=os.getpid(),
             rank_pids=[os.getpid(), *self._ranks.pids],
             metrics_url=f"{self._http_url}/metrics",
-            peer_address=self._endpoint.address,
+            peer_address=advertised_address(self._endpoint.address, self._config.advertise_host),
             max_model_len=loaded.limits.max_model_len,
             max_num_seqs=loaded.limits.max_num_seqs,
             max_num_batched_tokens=loaded.limits.max_num_batched_tokens,
@@ -297,6 +334,10 @@ class _Worker:
     def _on_crash(self, error: Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed: this process ends for an earlier reason
             self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _on_node_drain(self) -> None:
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stopping.set)
 
     def _perform(self, batch: Batch) -> None:
         for effect in batch:
