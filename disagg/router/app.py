@@ -15,13 +15,15 @@ import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from disagg._core import PrefixIndex
-from disagg.checkpoint import resolve
+from disagg.checkpoint import resolve, tokenizer_hash
 from disagg.config import RouterConfig
 from disagg.errors import ConfigError
 from disagg.frontend import HttpServer, TextModel, create_app
+from disagg.kubernetes import follow_release
 from disagg.router.dispatch import Dispatcher
 from disagg.router.ledger import Ledger
 from disagg.router.links import ZmqConnector, check_address
+from disagg.router.membership import Membership
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
 from disagg.security import ApiKeys, KeyRing, tls_context
@@ -56,7 +58,7 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
     files = resolve(model.model)
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
     connector = ZmqConnector(keys)
-    dispatcher = _make_dispatcher(config, connector)
+    dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path))
     service = RouterService(dispatcher, Ledger(config.routing.ledger_size))
     app = create_app(
         service,
@@ -65,15 +67,23 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
         max_body_bytes=config.max_body_bytes,
     )
+    discovery = None
     try:
+        if config.discover is not None:
+            members = Membership(dispatcher)
+            discovery = follow_release(config.discover, config.discover_namespace, members.on_members)
         server = HttpServer(app, config.host, config.port, _make_tls(config))
         # What has been made until here stays: no collection looks at it again.
         gc.collect()
         gc.freeze()
         for address in config.workers:
             dispatcher.connect(address)
+        if discovery is not None:
+            discovery.start()
         return await _Process(dispatcher, service, server, config.lease.drain_seconds).run(ready)
     finally:
+        if discovery is not None:
+            discovery.stop()
         dispatcher.close()
         connector.close()
         # What is frozen is not collected at exit either, and nanobind reports it as leaked.
@@ -88,7 +98,7 @@ def _make_tls(config: RouterConfig) -> ssl.SSLContext | None:
     return tls_context(Path(config.tls_certificate), Path(config.tls_key))
 
 
-def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatcher:
+def _make_dispatcher(config: RouterConfig, connector: ZmqConnector, tokenizer: str) -> Dispatcher:
     series = CollectorRegistry()
     ProcessCollector(registry=series)
     # The leases are counted when asked, by what is made with the metrics in hand.
@@ -100,6 +110,7 @@ def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatche
         router_id=token_hex(8),
         routing=config.routing,
         lease=config.lease,
+        tokenizer_hash=tokenizer,
     )
     return dispatcher
 
