@@ -138,7 +138,7 @@ def test_api_keys_and_certificate_are_renewed_on_a_running_router(
         context = ssl.create_default_context(cafile=trusted(certificate))
         try:
             return httpx.get(
-                f"https://{address}/v1/models",
+                f"https://{address}/disagg/workers",
                 headers={"authorization": f"Bearer {key}"},
                 verify=context,
                 trust_env=False,
