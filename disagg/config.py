@@ -210,6 +210,10 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     discover_namespace: Annotated[
         str | None, Meta(description="Namespace of the release; by default this pod's own.")
     ] = None
+    peer_bind: Annotated[
+        str | None,
+        Meta(description="Address where other routers ask for ledger records, tcp://HOST:PORT."),
+    ] = None
     transport_keys: TransportKeys = None
     model: ModelConfig = ModelConfig()
     lease: LeaseConfig = LeaseConfig()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from disagg.kubernetes.slices import WORKER_SERVICES, EndpointSlice, Member, members_of
+from disagg.kubernetes.slices import ROUTER_SERVICE, WORKER_SERVICES, EndpointSlice, Member, members_of
 from disagg.kubernetes.watch import Api, SliceWatch
 
 STOP_S = 2.0
@@ -28,11 +28,14 @@ class ClosableApi(Api, Protocol):
 class Discovery:
     """Tells the loop of the members whenever they have changed, from `start` to `stop`."""
 
-    def __init__(self, api: ClosableApi, on_members: OnMembers) -> None:
+    def __init__(self, api: ClosableApi, release: str, on_workers: OnMembers, on_routers: OnMembers) -> None:
         self._api = api
-        self._on_members = on_members
+        self._router_service = f"{release}-{ROUTER_SERVICE}"
+        self._on_workers = on_workers
+        self._on_routers = on_routers
         self._stopping = threading.Event()
-        self._last: dict[str, Member] | None = None
+        self._workers: dict[str, Member] | None = None
+        self._routers: dict[str, Member] | None = None
         self._watch = SliceWatch(api, self._on_slices, wait=self._stopping.wait, clock=time.monotonic)
         self._thread = threading.Thread(target=self._watch.run, name="discovery", daemon=True)
 
@@ -51,23 +54,33 @@ class Discovery:
             self._api.close()
 
     def _on_slices(self, slices: list[EndpointSlice]) -> None:
-        members = members_of(slices)
-        if members != self._last:
-            self._last = members
-            if not self._stopping.is_set():
-                self._loop.call_soon_threadsafe(self._deliver, members)
+        workers = members_of(s for s in slices if s.service != self._router_service)
+        routers = members_of(s for s in slices if s.service == self._router_service)
+        if workers != self._workers:
+            self._workers = workers
+            self._hand_over(self._on_workers, workers)
+        if routers != self._routers:
+            self._routers = routers
+            self._hand_over(self._on_routers, routers)
 
-    def _deliver(self, members: Mapping[str, Member]) -> None:
+    def _hand_over(self, tell: OnMembers, members: dict[str, Member]) -> None:
         if not self._stopping.is_set():
-            self._on_members(members)
+            self._loop.call_soon_threadsafe(self._deliver, tell, members)
+
+    def _deliver(self, tell: OnMembers, members: dict[str, Member]) -> None:
+        if not self._stopping.is_set():
+            tell(members)
 
 
-def follow_release(release: str, namespace: str | None, on_members: OnMembers) -> Discovery:
-    """Make the discovery of a release's workers; `start` it on the loop.
+def follow_release(
+    release: str, namespace: str | None, on_workers: OnMembers, on_routers: OnMembers
+) -> Discovery:
+    """Make the discovery of a release's workers and routers; `start` it on the loop.
 
     Raises:
         ConfigError: No cluster is found from here.
     """
     from disagg.kubernetes.client import KubernetesApi
 
-    return Discovery(KubernetesApi(namespace, [f"{release}-{name}" for name in WORKER_SERVICES]), on_members)
+    services = [f"{release}-{name}" for name in (*WORKER_SERVICES, ROUTER_SERVICE)]
+    return Discovery(KubernetesApi(namespace, services), release, on_workers, on_routers)

@@ -13,6 +13,8 @@ Condition = Literal["ready", "not_ready", "terminating"]
 SERVICE_LABEL = "kubernetes.io/service-name"
 WORKER_SERVICES = ("prefill", "decode", "unified")
 """What follows the release's name in the names of the workers' headless Services."""
+ROUTER_SERVICE = "router-peers"
+"""The same of the routers' headless Service."""
 CONTROL_PORT = "control"
 
 

@@ -45,6 +45,7 @@ from disagg.protocol.peer import (
     PushDone,
     RankEndpoint,
 )
+from disagg.protocol.router import AskRecord, RecordAnswer
 from disagg.protocol.sampling import FinishReason, SamplingParams
 from disagg.protocol.summary import SummaryDelta, SummaryDigest, SummarySnapshot
 
@@ -54,6 +55,7 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Abort",
     "Accepted",
+    "AskRecord",
     "Failed",
     "Fenced",
     "FinishReason",
@@ -74,6 +76,7 @@ __all__ = [
     "PrefillDone",
     "PushDone",
     "RankEndpoint",
+    "RecordAnswer",
     "RejectReason",
     "Rejected",
     "Release",

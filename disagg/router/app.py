@@ -7,6 +7,7 @@ import os
 import signal
 import ssl
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -19,14 +20,15 @@ from disagg.checkpoint import resolve, tokenizer_hash
 from disagg.config import RouterConfig
 from disagg.errors import ConfigError
 from disagg.frontend import HttpServer, TextModel, create_app
-from disagg.kubernetes import follow_release
+from disagg.kubernetes import Discovery, follow_release
 from disagg.router.dispatch import Dispatcher
 from disagg.router.ledger import Ledger
 from disagg.router.links import ZmqConnector, check_address
 from disagg.router.membership import Membership
+from disagg.router.peers import PeerServer, RouterPeers
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
-from disagg.security import ApiKeys, KeyRing, tls_context
+from disagg.security import ApiKeys, KeyRing, admission, tls_context
 from disagg.telemetry import RouterMetrics, fields, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
     connector = ZmqConnector(keys)
     dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path))
-    service = RouterService(dispatcher, Ledger(config.routing.ledger_size))
+    peers = RouterPeers(connector)
+    service = RouterService(dispatcher, Ledger(config.routing.ledger_size), ask_peers=peers.ask)
     app = create_app(
         service,
         text,
@@ -67,11 +70,17 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
         max_body_bytes=config.max_body_bytes,
     )
-    discovery = None
-    try:
-        if config.discover is not None:
-            members = Membership(dispatcher)
-            discovery = follow_release(config.discover, config.discover_namespace, members.on_members)
+    with ExitStack() as stack:
+        # What is frozen is not collected at exit either, and nanobind reports it as leaked.
+        stack.callback(gc.unfreeze)
+        stack.callback(connector.close)
+        stack.callback(dispatcher.close)
+        stack.callback(peers.close)
+        if config.peer_bind is not None:
+            stack.enter_context(admission(connector.context, keys))
+            asked = PeerServer(connector.context, config.peer_bind, keys, service.own_record)
+            stack.callback(asked.close)
+        discovery = _make_discovery(config, dispatcher, peers)
         server = HttpServer(app, config.host, config.port, _make_tls(config))
         # What has been made until here stays: no collection looks at it again.
         gc.collect()
@@ -80,14 +89,15 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
             dispatcher.connect(address)
         if discovery is not None:
             discovery.start()
+            stack.callback(discovery.stop)
         return await _Process(dispatcher, service, server, config.lease.drain_seconds).run(ready)
-    finally:
-        if discovery is not None:
-            discovery.stop()
-        dispatcher.close()
-        connector.close()
-        # What is frozen is not collected at exit either, and nanobind reports it as leaked.
-        gc.unfreeze()
+
+
+def _make_discovery(config: RouterConfig, dispatcher: Dispatcher, peers: RouterPeers) -> Discovery | None:
+    if config.discover is None:
+        return None
+    on_workers = Membership(dispatcher).on_members
+    return follow_release(config.discover, config.discover_namespace, on_workers, peers.on_members)
 
 
 def _make_tls(config: RouterConfig) -> ssl.SSLContext | None:

@@ -12,14 +12,14 @@ its address. Owned by the loop thread.
 
 import asyncio
 import logging
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from disagg.errors import ConfigError
-from disagg.protocol import FromWorker, ToWorker, decoder, encode
+from disagg.protocol import AskRecord, FromWorker, RecordAnswer, ToWorker, decoder, encode
 from disagg.security import HANDSHAKE_FAILED, KeyRing, choice_for, is_loopback, secure_client
 from disagg.telemetry import fields
 
@@ -43,13 +43,16 @@ _UP = zmq.Event.HANDSHAKE_SUCCEEDED
 _DOWN = zmq.Event.DISCONNECTED
 
 
-class LinkEvents(Protocol):
+M_contra = TypeVar("M_contra", contravariant=True)
+
+
+class LinkEvents(Protocol[M_contra]):
     """What a link tells its owner, on the loop thread."""
 
     def on_up(self) -> None:
         """Connected, possibly to another process than before."""
 
-    def on_message(self, message: FromWorker) -> None:
+    def on_message(self, message: M_contra) -> None:
         """One message of the process that is connected now."""
 
     def on_malformed(self) -> None:
@@ -65,7 +68,7 @@ class LinkEvents(Protocol):
 class Link(Protocol):
     """Where messages to one worker go."""
 
-    def send(self, message: ToWorker) -> bool:
+    def send(self, message: ToWorker | AskRecord) -> bool:
         """Queue one message and return at once; False where nobody is connected."""
 
     def reset(self, reason: str) -> None:
@@ -81,7 +84,7 @@ class Link(Protocol):
 class Connector(Protocol):
     """Opens links; the tests have one without sockets."""
 
-    def open(self, address: str, events: LinkEvents) -> Link:
+    def open(self, address: str, events: LinkEvents[FromWorker]) -> Link:
         """Begin to connect to `address`, for as long as it takes."""
 
 
@@ -102,16 +105,20 @@ class ZmqConnector:
     """Opens links on the running loop; owns the ZeroMQ context."""
 
     def __init__(self, keys: KeyRing | None = None) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._keys = keys
 
-    def open(self, address: str, events: LinkEvents) -> "ZmqLink":
+    def open(self, address: str, events: LinkEvents[FromWorker]) -> "ZmqLink":
         """Begin to connect; raises `ConfigError` for what `check_address` refuses."""
-        return ZmqLink(self._context, check_address(address, self._keys), events, self._keys)
+        return ZmqLink(self.context, check_address(address, self._keys), events, self._keys)
+
+    def open_peer(self, address: str, events: LinkEvents[RecordAnswer]) -> "ZmqLink":
+        """Begin to connect to another router; see `open`."""
+        return ZmqLink(self.context, check_address(address, self._keys), events, self._keys, RecordAnswer)
 
     def close(self) -> None:
         """End ZeroMQ's threads. Call it after every link is closed; waits out their linger."""
-        self._context.term()
+        self.context.term()
 
 
 class ZmqLink:
@@ -121,8 +128,9 @@ class ZmqLink:
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
         address: str,
-        events: LinkEvents,
+        events: LinkEvents[Any],
         keys: KeyRing | None = None,
+        kind: Any = FromWorker,
     ) -> None:
         self._context = context
         self._address = address
@@ -130,14 +138,14 @@ class ZmqLink:
         self._num_refusals = 0
         self._events = events
         self._loop = asyncio.get_running_loop()
-        self._decode = decoder(FromWorker).decode
+        self._decode = decoder(kind).decode
         self._drain_is_scheduled = False
         self._is_up = False
         self._is_full = False
         self._is_closed = False
         self._connect()
 
-    def send(self, message: ToWorker) -> bool:
+    def send(self, message: ToWorker | AskRecord) -> bool:
         """Queue one message; a worker whose queue is full is reset, since it does not read."""
         if not self._is_up:
             return False

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from disagg.errors import DisaggError, PromptTooLong, Unauthorized, WorkerError
@@ -19,16 +20,25 @@ from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
 
+AskPeers = Callable[[str], Awaitable[bytes | None]]
+"""Returns the record of a request id as JSON, or None."""
+
 
 class RouterService:
     """The router as a `Generator`."""
 
     def __init__(
-        self, dispatcher: Dispatcher, ledger: Ledger, *, unix_time: Callable[[], float] = time.time
+        self,
+        dispatcher: Dispatcher,
+        ledger: Ledger,
+        *,
+        unix_time: Callable[[], float] = time.time,
+        ask_peers: AskPeers | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._ledger = ledger
         self._unix_time = unix_time
+        self._ask_peers = ask_peers
         self._open: set[RequestTicket] = set()
         self._is_draining = False
         self._drained = asyncio.Event()
@@ -79,9 +89,17 @@ class RouterService:
         return [record.to_dict() for record in self._ledger.newest(limit)]
 
     async def record(self, request_id: str) -> dict[str, Any] | None:
-        """One record."""
+        """One record, of another router if it is not ours."""
         record = self._ledger.get(request_id)
-        return None if record is None else record.to_dict()
+        if record is not None:
+            return record.to_dict()
+        theirs = await self._ask_peers(request_id) if self._ask_peers is not None else None
+        return None if theirs is None else msgspec.json.decode(theirs, type=dict[str, Any])
+
+    def own_record(self, request_id: str) -> bytes | None:
+        """One of our own records as JSON, for another router."""
+        record = self._ledger.get(request_id)
+        return None if record is None else msgspec.json.encode(record.to_dict())
 
     def metrics(self) -> bytes:
         """Prometheus text."""

@@ -173,13 +173,14 @@ class Followed:
 
     def __init__(self) -> None:
         self.told: queue.Queue[dict[str, str]] = queue.Queue()
+        self.routers: queue.Queue[list[str]] = queue.Queue()
         self._stop: Callable[[], Any]
         started = threading.Event()
 
         async def main() -> None:
             loop, stopping = asyncio.get_running_loop(), asyncio.Event()
             self._stop = lambda: loop.call_soon_threadsafe(stopping.set)
-            found = follow_release("chat", None, self._on_members)
+            found = follow_release("chat", None, self._on_members, self._on_routers)
             found.start()
             started.set()
             await stopping.wait()
@@ -191,6 +192,9 @@ class Followed:
 
     def _on_members(self, members: Mapping[str, Member]) -> None:
         self.told.put({member.pod: member.condition for member in members.values()})
+
+    def _on_routers(self, members: Mapping[str, Member]) -> None:
+        self.routers.put(list(members))
 
     def next(self) -> dict[str, str]:
         return self.told.get(timeout=10)
@@ -217,6 +221,16 @@ def test_members_are_told_as_they_change(server: ApiServer, followed: Followed) 
     assert followed.next() == {"a": "terminating"}
     server.delete("s")
     assert followed.next() == {}
+
+
+def test_routers_are_told_apart_from_workers(server: ApiServer, followed: Followed) -> None:
+    assert followed.next() == {}
+    assert followed.routers.get(timeout=10) == []
+    server.put(make_slice("r", [make_endpoint("10.0.0.9", pod="r")], service="chat-router-peers", port=5602))
+    assert followed.routers.get(timeout=10) == ["tcp://10.0.0.9:5602"]
+    server.put(make_slice("s", [make_endpoint("10.0.0.7", pod="a")]))
+    assert followed.next() == {"a": "ready"}
+    assert followed.routers.empty()
 
 
 def test_a_change_that_changes_no_member_is_not_told(server: ApiServer, followed: Followed) -> None:

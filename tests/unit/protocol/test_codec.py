@@ -65,6 +65,8 @@ EXAMPLES: list[msgspec.Struct] = [
     p.PeerFence("t", 1),
     p.PeerFenced("t", 1),
     p.PeerBye("why"),
+    p.AskRecord("r"),
+    p.RecordAnswer("r", b"{}"),
     p.PushDone("t", 1, 0, 0, 368640, 7, 0, False),
 ]
 KEPT: dict[str, list[str]] = json.loads((Path(__file__).parent / "encodings.json").read_text())

@@ -1,13 +1,14 @@
 """Workers that come, go and fall silent; the queue before them; draining."""
 
 import asyncio
+import json
 from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
 
 from disagg.config import LeaseConfig, RoutingConfig
-from disagg.errors import Overloaded, PromptTooLong, Unauthorized, WorkerError
+from disagg.errors import InvalidRequest, Overloaded, PromptTooLong, Unauthorized, WorkerError
 from disagg.protocol import (
     Accepted,
     Generate,
@@ -20,6 +21,7 @@ from disagg.protocol import (
     SummaryDigest,
     SummarySnapshot,
 )
+from disagg.router import Ledger, RouterService
 from disagg.router.hashes import PromptHashes
 from support.router import LOAD, Harness
 
@@ -358,3 +360,25 @@ def test_other_times_of_leases_are_told(make_router: MakeRouter) -> None:
     decode = make_router(lease=LeaseConfig(lease_ttl_s=9.0)).add_absent("decode")
     decode.link.up()
     assert decode.take(Hello).lease_ttl_s == 9.0
+
+
+def test_a_record_of_another_router_is_asked_for(router: Harness) -> None:
+    """Behind one Service a client's second request may reach another router than its first."""
+    asked: list[str] = []
+
+    async def ask(request_id: str) -> bytes | None:
+        asked.append(request_id)
+        return b'{"request_id":"theirs"}' if request_id == "theirs" else None
+
+    service = RouterService(router.dispatcher, Ledger(10), ask_peers=ask)
+    service.note_rejected("ours", None, InvalidRequest("no", param="n"))
+
+    def record(request_id: str) -> object:
+        return router.runner.run(service.record(request_id))
+
+    assert record("theirs") == {"request_id": "theirs"}
+    assert record("nobody's") is None
+    ours = record("ours")
+    assert asked == ["theirs", "nobody's"], "its own it knows"
+    assert json.loads(service.own_record("ours") or b"") == ours
+    assert service.own_record("theirs") is None, "who is asked asks nobody else"
