@@ -98,14 +98,36 @@ class LeaseConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = 120.0
 
 
+TransportKeys = Annotated[
+    str | None,
+    Meta(
+        description="Folder with the keys that links between processes are encrypted and authenticated with: "
+        "`current`, and during a rotation `next` or `previous`, of 32 random bytes each."
+    ),
+]
+AdvertiseHost = Annotated[
+    Annotated[str, Meta(min_length=1)] | None,
+    Meta(
+        description="Address at which routers and other workers reach this one; by default the host of "
+        "`control`.",
+    ),
+]
+
+
 class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One worker process."""
 
     role: Annotated[RoleName, Meta(description="What this worker does.")] = "unified"
     worker_id: Annotated[str | None, Meta(description="Stable name; by default the role and host.")] = None
     control: Annotated[
-        str, Meta(description="Address of the control socket, tcp://127.0.0.1:PORT or ipc://PATH.")
+        str,
+        Meta(
+            description="Address of the control socket, tcp://HOST:PORT or ipc://PATH; other than loopback "
+            "only with transport keys."
+        ),
     ] = "tcp://127.0.0.1:5600"
+    advertise_host: AdvertiseHost = None
+    transport_keys: TransportKeys = None
     http_host: Annotated[str, Meta(description="Interface of /health, /live, /metrics and /drain.")] = (
         "127.0.0.1"
     )
@@ -155,6 +177,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     workers: Annotated[
         tuple[str, ...], Meta(description="Control addresses of workers; may be given several times.")
     ] = ()
+    transport_keys: TransportKeys = None
     model: ModelConfig = ModelConfig()
     lease: LeaseConfig = LeaseConfig()
     routing: RoutingConfig = RoutingConfig()

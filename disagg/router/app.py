@@ -22,6 +22,7 @@ from disagg.router.ledger import Ledger
 from disagg.router.links import ZmqConnector, check_address
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
+from disagg.security import KeyRing
 from disagg.telemetry import RouterMetrics, fields, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -38,20 +39,21 @@ def run_router(config: RouterConfig, *, ready: Report) -> int:
     The first SIGTERM or SIGINT drains, a second one stops at once.
 
     Raises:
-        ConfigError: The configuration cannot work: a worker's address leaves this machine, the
-            model is not found, the port is taken.
+        ConfigError: The configuration cannot work: a worker's address leaves this machine and there
+            are no transport keys, the model is not found, the port is taken.
     """
+    keys = KeyRing(Path(config.transport_keys)) if config.transport_keys else None
     for address in config.workers:
-        check_address(address)
+        check_address(address, keys)
     set_up_logging("router")
-    return uvloop.run(_run(config, ready))
+    return uvloop.run(_run(config, keys, ready))
 
 
-async def _run(config: RouterConfig, ready: Report) -> int:
+async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int:
     model = config.model
     files = resolve(model.model)
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
-    connector = ZmqConnector()
+    connector = ZmqConnector(keys)
     dispatcher = _make_dispatcher(config, connector)
     service = RouterService(dispatcher, Ledger(config.routing.ledger_size))
     app = create_app(

@@ -14,6 +14,7 @@ import psutil
 
 from disagg.protocol import Abort, Fenced
 from disagg.router.registry import Worker
+from disagg.security import is_loopback
 
 MAX_PENDING = 100_000
 ASK_AGAIN_S = 5.0
@@ -113,10 +114,19 @@ def _listens(process: psutil.Process, address: str) -> bool:
         path = address.removeprefix("ipc://")
         return any(str(connection.laddr) == path for connection in process.net_connections("unix"))
     port = urlsplit(address).port
+    # The same number may listen on the same port of another machine.
+    if not _is_here(urlsplit(address).hostname):
+        return False
     return any(
         connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
         for connection in process.net_connections("tcp")
     )
+
+
+def _is_here(host: str | None) -> bool:
+    if host is None or is_loopback(host):
+        return host is not None
+    return any(host == own.address for addresses in psutil.net_if_addrs().values() for own in addresses)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -1,4 +1,6 @@
-"""Links to workers: one ZeroMQ DEALER for each control address. ZeroMQ shows in this file alone.
+"""Links to workers: one ZeroMQ DEALER for each control address.
+
+ZeroMQ shows in this file and in `security/` alone.
 
 Raw sockets with a reader on ZeroMQ's descriptor, not `zmq.asyncio`: one wake of the loop takes
 every message that has arrived, and no future is made for any. Sends never wait.
@@ -9,7 +11,6 @@ its address. Owned by the loop thread.
 """
 
 import asyncio
-import ipaddress
 import logging
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from disagg.errors import ConfigError
 from disagg.protocol import FromWorker, ToWorker, decoder, encode
+from disagg.security import HANDSHAKE_FAILED, KeyRing, choice_for, secure_client
 from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,10 @@ MESSAGES_A_WAKE = 2_000
 """Others on the loop get a turn after this many messages."""
 RECONNECT_MIN_MS = 50
 RECONNECT_MAX_MS = 500
+REFUSED_RETRY_S = 0.5
+"""Between two rounds of handshakes that fail with every key."""
+REFUSALS_TO_TELL = 2
+"""A process that is killed during one handshake looks the same once; told once a connection."""
 GOODBYE_LINGER_MS = 200
 
 _UP = zmq.Event.HANDSHAKE_SUCCEEDED
@@ -79,41 +85,28 @@ class Connector(Protocol):
         """Begin to connect to `address`, for as long as it takes."""
 
 
-def check_address(address: str) -> str:
-    """Return `address`, or raise `ConfigError` unless it reaches this machine alone.
-
-    Links that leave the machine need keys, which come later; until then such an address is
-    refused at start rather than spoken to in the clear.
-    """
+def check_address(address: str, keys: KeyRing | None = None) -> str:
+    """Return `address`; raises `ConfigError` where it is none, or leaves this machine without keys."""
     scheme, separator, rest = address.partition("://")
     if scheme == "ipc" and rest:
         return address
-    host, colon, port = rest.rpartition(":")
+    _, colon, port = rest.rpartition(":")
     if not separator or scheme != "tcp" or not colon or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"workers must be tcp://127.0.0.1:PORT or ipc://PATH, got {address!r}")
-    if not _is_loopback(host.removeprefix("[").removesuffix("]")):
-        raise ConfigError(f"workers must be loopback addresses until links carry keys, got {address!r}")
+        raise ConfigError(f"workers must be tcp://HOST:PORT or ipc://PATH, got {address!r}")
+    choice_for(keys, address)
     return address
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class ZmqConnector:
     """Opens links on the running loop; owns the ZeroMQ context."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: KeyRing | None = None) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._keys = keys
 
     def open(self, address: str, events: LinkEvents) -> "ZmqLink":
-        """Begin to connect; raises `ConfigError` for an address that is not loopback."""
-        return ZmqLink(self._context, check_address(address), events)
+        """Begin to connect; raises `ConfigError` for what `check_address` refuses."""
+        return ZmqLink(self._context, check_address(address, self._keys), events, self._keys)
 
     def close(self) -> None:
         """End ZeroMQ's threads. Call it after every link is closed; waits out their linger."""
@@ -123,9 +116,17 @@ class ZmqConnector:
 class ZmqLink:
     """One worker address; see `Link` for what its methods promise."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, events: LinkEvents) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        address: str,
+        events: LinkEvents,
+        keys: KeyRing | None = None,
+    ) -> None:
         self._context = context
         self._address = address
+        self._keys = choice_for(keys, address)
+        self._num_refusals = 0
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._decode = decoder(FromWorker).decode
@@ -194,7 +195,7 @@ class ZmqLink:
             self._schedule_drain()
         events.on_batch_end()
 
-    def _connect(self) -> None:
+    def _connect(self, after_s: float = 0.0) -> None:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MESSAGES)
@@ -203,15 +204,23 @@ class ZmqLink:
         # Without it messages would queue for whoever comes to the address next.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.IPV6, 1 if "[" in self._address else 0)
+        secure_client(socket, self._keys)
         self._socket = socket
-        self._monitor: zmq.Socket[bytes] = socket.get_monitor_socket(_UP | _DOWN)
+        self._monitor: zmq.Socket[bytes] = socket.get_monitor_socket(_UP | _DOWN | HANDSHAKE_FAILED)
         self._fd = int(socket.getsockopt(zmq.FD))
         self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)
         self._loop.add_reader(self._monitor_fd, self._on_monitor)
-        socket.connect(self._address)
-        # ZeroMQ announces nothing on a queue that nobody has yet found empty.
-        self._loop.call_soon(self._on_monitor)
+        if after_s:
+            self._loop.call_later(after_s, self._dial, socket)
+        else:
+            self._dial(socket)
+
+    def _dial(self, socket: "zmq.Socket[bytes]") -> None:
+        if socket is self._socket and not self._is_closed:
+            socket.connect(self._address)
+            # ZeroMQ announces nothing on a queue that nobody has yet found empty.
+            self._loop.call_soon(self._on_monitor)
 
     def _close_socket(self, linger_ms: int) -> None:
         self._loop.remove_reader(self._fd)
@@ -238,7 +247,24 @@ class ZmqLink:
                 return
             if event["event"] == _UP:
                 self._is_up = True
+                self._num_refusals = 0
+                if self._keys is not None:
+                    self._keys.on_accepted()
                 self._events.on_up()
             elif event["event"] == _DOWN:
                 self.drain()  # what it said before it went still counts
                 self.reset("disconnected")
+            else:
+                self._on_refused()
+
+    def _on_refused(self) -> None:
+        """The handshake failed: try the next key, or begin again in a moment where that was the last."""
+        self._close_socket(linger_ms=0)
+        if self._keys is not None and not self._keys.on_refused():
+            self._connect()
+            return
+        self._num_refusals += 1
+        if self._num_refusals == REFUSALS_TO_TELL:
+            reason = "with every transport key" if self._keys else "without a transport key"
+            log.error("worker refused the handshake %s", fields(address=self._address, tried=reason))
+        self._connect(after_s=REFUSED_RETRY_S)

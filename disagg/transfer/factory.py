@@ -8,6 +8,8 @@ from disagg.transfer.base import PoolMemory, Transport
 
 TRANSPORTS = ("nixl",)
 """What `make_transport` knows."""
+UCX_TCP_PORT_RANGE = "20000-20999"
+"""Where UCX listens for other workers, unless the environment names another range."""
 
 
 def make_transport(name: str, *, uuid: str, rank: int, pool: PoolMemory) -> Transport:
@@ -34,7 +36,6 @@ def prepare_environment(
     environ: MutableMapping[str, str] | None = None,
     *,
     loopback_only: bool = True,
-    tcp_port_range: str | None = None,
 ) -> None:
     """Set what NIXL and UCX read once, when they load: before the first `make_transport`.
 
@@ -45,8 +46,8 @@ def prepare_environment(
     environ = os.environ if environ is None else environ
     if loopback_only:
         environ.setdefault("UCX_NET_DEVICES", "lo")
-    elif tcp_port_range is not None:
-        environ.setdefault("UCX_TCP_PORT_RANGE", tcp_port_range)
+    else:
+        environ.setdefault("UCX_TCP_PORT_RANGE", UCX_TCP_PORT_RANGE)
     # Every failure reaches us as an exception; the copies on stderr are noise beside our own log.
     environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
     environ.setdefault("UCX_LOG_LEVEL", "fatal")

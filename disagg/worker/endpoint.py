@@ -1,6 +1,6 @@
 """The control socket, to which routers and prefill workers connect.
 
-ZeroMQ shows in this file and in `links.py` alone.
+ZeroMQ shows in this file, in `links.py` and in `security/` alone.
 
 Raw sockets and a reader on ZeroMQ's descriptor, not `zmq.asyncio`: a wake handles everything
 that has arrived, with no future a message. Owned by the loop thread.
@@ -16,6 +16,7 @@ import zmq
 
 from disagg.errors import ConfigError
 from disagg.protocol import PROTOCOL_VERSION, FromPeer, FromWorker, Goodbye, Hello, ToWorker, decoder, encode
+from disagg.security import KeyRing, secure_server
 from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,9 @@ class SocketReader:
 class ControlEndpoint:
     """Receives, checks and routes control messages; remembers which routers are connected."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, keys: KeyRing | None = None
+    ) -> None:
         """Bind; raises `ConfigError` where the address is taken."""
         self._socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
@@ -96,6 +99,7 @@ class ControlEndpoint:
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.IPV6, 1 if "[" in address else 0)
+        secure_server(self._socket, keys, address)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from disagg.errors import ConfigError
 from disagg.protocol import WorkerState
-from disagg.worker.addresses import is_loopback
+from disagg.security import is_loopback
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -80,12 +80,6 @@ def bind_http(host: str, port: int) -> socket.socket:
         raise ConfigError(f"http_port {port} of {host!r} cannot be bound: {error.strerror}") from error
     listener.setblocking(False)
     return listener
-
-
-def http_url(listener: socket.socket) -> str:
-    """The address as bound."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class HttpServer(uvicorn.Server):

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, assert_never
 
 import zmq
@@ -34,12 +35,13 @@ from disagg.protocol import (
     Welcome,
     WorkerState,
 )
+from disagg.security import KeyRing, admission
 from disagg.telemetry import fields, set_up_logging
 from disagg.transfer import Event, prepare_environment
-from disagg.worker.addresses import check_control_address
+from disagg.worker.addresses import advertised_address, check_addresses, http_url, is_local
 from disagg.worker.endpoint import ControlEndpoint
 from disagg.worker.engine_thread import EngineThread
-from disagg.worker.http import HttpServer, bind_http, http_url, make_app
+from disagg.worker.http import HttpServer, bind_http, make_app
 from disagg.worker.kv_thread import TRANSPORT
 from disagg.worker.links import PeerLinks
 from disagg.worker.load import Loaded, load_worker, whole_percents
@@ -82,20 +84,22 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
         ConfigError: the configuration cannot work.
     """
     set_up_logging(config.worker_id or config.role)
-    check_control_address(config.control)
+    check_addresses(config)
+    keys = KeyRing(Path(config.transport_keys)) if config.transport_keys else None
     size = config.engine.tensor_parallel_size
     if size > 1:
         # Before any rank is started, for one that cannot work would leave the others waiting.
         check_tensor_parallel(load_spec(resolve(config.model.model).path), size)
-    prepare_environment()
-    return asyncio.run(_Worker(config, ready).run())
+    prepare_environment(loopback_only=is_local(config))
+    return asyncio.run(_Worker(config, keys, ready).run())
 
 
 class _Worker:
     """The loop's side of a worker: everything with a descriptor."""
 
-    def __init__(self, config: WorkerConfig, ready: Ready) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyRing | None, ready: Ready) -> None:
         self._config = config
+        self._keys = keys
         self._ready = ready
         self._uuid = uuid.uuid4().hex
         self._worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}"
@@ -117,15 +121,17 @@ class _Worker:
             self._loop.add_signal_handler(number, self._on_signal)
         with ExitStack() as stack:
             listener = stack.enter_context(bind_http(self._config.http_host, self._config.http_port))
-            self._http_url, self._http_port = http_url(listener), int(listener.getsockname()[1])
+            host, self._http_port = listener.getsockname()[:2]
+            self._http_url = http_url(host, self._http_port, self._config.advertise_host)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             # Waits until what was sent has left, as long as the sockets linger.
             stack.callback(context.term)
+            stack.enter_context(admission(context, self._keys))
             # Bound before the model loads, so that a taken address is told at once; whoever connects
             # is heard as soon as there is something to answer.
-            self._endpoint = ControlEndpoint(context, self._config.control)
+            self._endpoint = ControlEndpoint(context, self._config.control, self._keys)
             stack.callback(self._endpoint.close)
-            self._links = PeerLinks(context, self._uuid, self)
+            self._links = PeerLinks(context, self._uuid, self, self._keys)
             stack.callback(self._links.close_all)
             self._ranks = RankGroup(
                 self._config, self._uuid, on_event=self._on_transfer, on_lost=self._on_crash
@@ -235,7 +241,7 @@ class _Worker:
             pid=os.getpid(),
             rank_pids=[os.getpid(), *self._ranks.pids],
             metrics_url=f"{self._http_url}/metrics",
-            peer_address=self._endpoint.address,
+            peer_address=advertised_address(self._endpoint.address, self._config.advertise_host),
             max_model_len=loaded.limits.max_model_len,
             max_num_seqs=loaded.limits.max_num_seqs,
             max_num_batched_tokens=loaded.limits.max_num_batched_tokens,

@@ -17,6 +17,7 @@ from disagg.errors import DisaggError
 from disagg.parallel import TensorParallel
 from disagg.supervisor import die_with_parent
 from disagg.transfer import TransferThread, prepare_environment
+from disagg.worker.addresses import is_local
 from disagg.worker.kv_thread import device_sync, make_transfer_thread
 from disagg.worker.rank_link import (
     TO_RANK,
@@ -53,8 +54,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(start: RankStart, channel: Channel) -> None:
-    prepare_environment()
     config = start.config
+    prepare_environment(loopback_only=is_local(config))
     group = TensorParallel.join(start.group_address, start.rank, config.engine.tensor_parallel_size)
     rank = load_rank(config.model, config.engine, tp=group)
     transfers = make_transfer_thread(

@@ -19,6 +19,7 @@ LAYERS = {
     "config": {"errors"},
     "checkpoint": {"errors"},
     "telemetry": set(),
+    "security": {"errors", "telemetry"},
     "kv": {"_core", "errors", "protocol"},
     "layers": {"_cpu", "errors", "kv"},
     "parallel": {"errors"},
@@ -38,7 +39,7 @@ LAYERS = {
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol"},
-    "router": {"_core", "checkpoint", "config", "errors", "frontend", "protocol", "telemetry"},
+    "router": {"_core", "checkpoint", "config", "errors", "frontend", "protocol", "security", "telemetry"},
     "supervisor": {"checkpoint", "config", "errors"},
 }
 TORCH_FREE = [
@@ -48,6 +49,7 @@ TORCH_FREE = [
     "errors",
     "checkpoint",
     "telemetry",
+    "security",
     "frontend",
     "router",
     "supervisor",

@@ -14,14 +14,16 @@ def test_loopback_keeps_ucx_off_outside_interfaces() -> None:
 
 def test_off_loopback_the_ports_are_a_range_that_a_firewall_can_name() -> None:
     environ: dict[str, str] = {}
-    prepare_environment(environ, loopback_only=False, tcp_port_range="7000-7099")
-    assert environ["UCX_TCP_PORT_RANGE"] == "7000-7099"
+    prepare_environment(environ, loopback_only=False)
+    assert environ["UCX_TCP_PORT_RANGE"] == "20000-20999"
     assert "UCX_NET_DEVICES" not in environ
 
 
 def test_what_the_user_has_set_is_left_alone() -> None:
-    environ = {"UCX_NET_DEVICES": "mlx5_0:1", "NIXL_LOG_LEVEL": "DEBUG"}
+    environ = {"UCX_NET_DEVICES": "mlx5_0:1", "NIXL_LOG_LEVEL": "DEBUG", "UCX_TCP_PORT_RANGE": "1-2"}
     prepare_environment(environ)
+    prepare_environment(environ, loopback_only=False)
+    assert environ["UCX_TCP_PORT_RANGE"] == "1-2"
     assert environ["UCX_NET_DEVICES"] == "mlx5_0:1"
     assert environ["NIXL_LOG_LEVEL"] == "DEBUG"
 

@@ -1,0 +1,31 @@
+"""What stays on this machine."""
+
+import pytest
+
+from disagg.errors import ConfigError
+from disagg.security import choice_for, host_of, is_loopback, is_wildcard
+
+
+def test_hosts_of_addresses() -> None:
+    assert host_of("tcp://10.0.0.1:5600") == "10.0.0.1"
+    assert host_of("tcp://[::1]:5600") == "::1"
+    assert host_of("ipc:///run/x.sock") is None
+
+
+def test_loopback_is_known_in_every_notation() -> None:
+    assert all(map(is_loopback, ("localhost", "127.8.9.1", "::1", "[::1]", "::ffff:127.0.0.1")))
+    assert not any(
+        map(is_loopback, ("::ffff:10.0.0.1", "testclient", "127.0.0.1.example.com", "0.0.0.0", ""))
+    )
+
+
+def test_wildcards_are_no_address() -> None:
+    assert all(map(is_wildcard, ("0.0.0.0", "::", "[::]", "*")))
+    assert not any(map(is_wildcard, ("127.0.0.1", "10.0.0.1", "example.com", "")))
+
+
+def test_without_keys_nothing_leaves_the_machine() -> None:
+    assert choice_for(None, "ipc:///run/x.sock") is None
+    assert choice_for(None, "tcp://127.0.0.1:1") is None
+    with pytest.raises(ConfigError, match=r"transport_keys are needed .* 'tcp://10.0.0.1:1'"):
+        choice_for(None, "tcp://10.0.0.1:1")
