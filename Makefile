@@ -3,7 +3,7 @@ PY := .venv/bin/python
 UV := .venv/bin/uv
 CORES := $(shell nproc)
 
-.PHONY: help serve test quick lint format docs chart-docs verify lock clean
+.PHONY: help serve test quick e2e lint format docs chart-docs verify lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ test: lint .venv/.installed ## Install and run every check and test
 
 quick: lint .venv/.installed ## Lint, types and unit tests
 	$(PY) -m pytest tests/unit tests/regressions -n $(CORES)
+
+e2e: .venv/.installed ## End-to-end tests on the cluster of the current kubeconfig, which must have the image disagg:dev
+	$(PY) -m pytest tests/e2e --timeout 1200 $(ARGS)
 
 lint: .venv/.installed ## Formatting, lint and types
 	.venv/bin/ruff format --check .
