@@ -17,9 +17,11 @@ from disagg._core import PrefixIndex
 from disagg.checkpoint import resolve
 from disagg.config import RouterConfig
 from disagg.frontend import HttpServer, TextModel, create_app
+from disagg.kubernetes import follow_release
 from disagg.router.dispatch import Dispatcher
 from disagg.router.ledger import Ledger
 from disagg.router.links import ZmqConnector, check_address
+from disagg.router.membership import Membership
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
 from disagg.security import KeyRing
@@ -63,15 +65,23 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         api_keys=config.api_key,
         max_body_bytes=config.max_body_bytes,
     )
+    discovery = None
     try:
+        if config.discover is not None:
+            members = Membership(dispatcher)
+            discovery = follow_release(config.discover, config.discover_namespace, members.on_members)
         server = HttpServer(app, config.host, config.port)
         # What has been made until here stays: no collection looks at it again.
         gc.collect()
         gc.freeze()
         for address in config.workers:
             dispatcher.connect(address)
+        if discovery is not None:
+            discovery.start()
         return await _Process(dispatcher, service, server, config.lease.drain_seconds).run(ready)
     finally:
+        if discovery is not None:
+            discovery.stop()
         dispatcher.close()
         connector.close()
         # What is frozen is not collected at exit either, and nanobind reports it as leaked.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from disagg._core import page_hashes
 from disagg.config import LeaseConfig, RoutingConfig
+from disagg.errors import ConfigError
 from disagg.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -98,9 +99,23 @@ class Dispatcher:
     # --- life --------------------------------------------------------------------------------
 
     def connect(self, address: str) -> None:
-        """Begin to talk to the worker at `address`."""
+        """Begin to talk to the worker at `address`; raises `ConfigError` for one that links do not take."""
         worker = self.registry.add(address)
-        worker.link = self._connector.open(address, WorkerEvents(self, worker))
+        try:
+            worker.link = self._connector.open(address, WorkerEvents(self, worker))
+        except ConfigError:
+            self.registry.remove(worker)
+            raise
+
+    def disconnect(self, worker: Worker) -> None:
+        """Let go of a worker that holds nothing for us."""
+        worker.tell(Goodbye("gone from discovery"))
+        if worker.link is not None:
+            worker.link.close()
+        worker.on_lost()
+        self._proofs.pop(worker.uuid, None)
+        self.registry.remove(worker)
+        log.info("worker removed %s", fields(worker=worker.name, address=worker.address))
 
     async def run(self) -> None:
         """Keep time until cancelled."""
@@ -356,7 +371,9 @@ class Dispatcher:
         """Renew leases, notice silence, pass on proven fences, and place what time has made room for."""
         now = self._clock()
         for worker in list(self.registry):
-            if worker.is_up:
+            if worker.standing == "gone" and self._is_let_go(worker):
+                self.disconnect(worker)
+            elif worker.is_up:
                 self._check_worker(worker, now)
             elif worker.hello_at is not None and now - worker.hello_at > HELLO_AGAIN_S:
                 self._say_hello(worker, now)
@@ -368,6 +385,10 @@ class Dispatcher:
         self.metrics.queued_requests.set(len(self.queue))
         self.metrics.queued_tokens.set(self.queue.num_tokens)
         self._place()
+
+    def _is_let_go(self, worker: Worker) -> bool:
+        """Whether nothing is held there, as far as it can be told; a dead one is past telling."""
+        return not worker.is_up or not (worker.decodes or worker.prefills or self.fences.concerns(worker))
 
     def _check_worker(self, worker: Worker, now: float) -> None:
         link = worker.link

@@ -69,6 +69,10 @@ class FenceBook:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def concerns(self, worker: Worker) -> bool:
+        """Whether one that lives still has to tell, or to hear, of a fence."""
+        return any(worker in (owed.prefill, owed.decode) for owed in self._pending.values())
+
     def expect(self, key: Key, prefill: Worker, decode: Worker, now: float) -> None:
         """Note that `decode` keeps pages of this attempt until `prefill` is known to write no more."""
         if len(self._pending) < MAX_PENDING:  # past that decode asks by itself, over its own link

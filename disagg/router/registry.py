@@ -3,8 +3,9 @@
 One `Worker` an address; a new process on it resets the record. Nothing here sends or decides.
 """
 
+import heapq
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from disagg.router.sequence import Sequence
 
 MAX_ORPHANS = 100_000
+
+Standing = Literal["in", "retired", "gone"]
+"""What discovery says of a worker. `retired`: its pod is being ended, so it gets nothing new. `gone`: it
+is in no slice any more, and let go of as soon as nothing is held there."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
@@ -45,6 +50,7 @@ class Worker:
         self.load: Load | None = None
         self.state: WorkerState = "starting"
         self.is_up = False
+        self.standing: Standing = "in"
         self.router_id = ""
         """What this router is called on the present connection."""
         self.hello_at: float | None = None
@@ -77,7 +83,7 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         """Whether it takes new work."""
-        return self.is_up and self.state == "ready" and self.load is not None
+        return self.is_up and self.standing == "in" and self.state == "ready" and self.load is not None
 
     @property
     def can_decode(self) -> bool:
@@ -159,6 +165,15 @@ class Worker:
             page_bytes=page_bytes(welcome.layout),
         )
 
+    def shown_state(self) -> WorkerState:
+        """Its state as people are told it."""
+        if self.state != "ready":
+            return self.state
+        if self.standing != "in":
+            return "draining"
+        # A worker that has not told its load yet gets no requests, whatever it said on joining.
+        return "starting" if self.load is None else "ready"
+
     def describe(self) -> dict[str, Any]:
         """One entry of `/disagg/workers`."""
         welcome, load = self.welcome, self.load
@@ -166,8 +181,7 @@ class Worker:
         return {
             "id": welcome.worker_id,
             "role": welcome.role,
-            # A worker that has not told its load yet gets no requests, whatever it said on joining.
-            "state": "starting" if self.state == "ready" and load is None else self.state,
+            "state": self.shown_state(),
             "pid": welcome.pid,
             "rank_pids": welcome.rank_pids,
             "metrics_url": welcome.metrics_url,
@@ -192,6 +206,7 @@ class Registry:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._by_address: dict[str, Worker] = {}
+        self._free_numbers: list[int] = []
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_address.values())
@@ -199,8 +214,21 @@ class Registry:
     def add(self, address: str) -> Worker:
         """Make the record of a new address."""
         assert address not in self._by_address
-        worker = self._by_address[address] = Worker(address, len(self._by_address), self.index)
+        number = heapq.heappop(self._free_numbers) if self._free_numbers else len(self._by_address)
+        worker = self._by_address[address] = Worker(address, number, self.index)
         return worker
+
+    def get(self, address: str) -> Worker | None:
+        """The record of an address."""
+        return self._by_address.get(address)
+
+    def remove(self, worker: Worker) -> None:
+        """Forget a worker whose link is closed, and all its pages: its number is given again."""
+        assert not worker.decodes
+        assert not worker.prefills
+        del self._by_address[worker.address]
+        self.index.drop_worker(worker.number)
+        heapq.heappush(self._free_numbers, worker.number)
 
     def ready(self) -> list[Worker]:
         """Workers that take new work."""

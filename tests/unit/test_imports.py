@@ -39,7 +39,18 @@ LAYERS = {
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol"},
-    "router": {"_core", "checkpoint", "config", "errors", "frontend", "protocol", "security", "telemetry"},
+    "kubernetes": {"errors", "telemetry"},
+    "router": {
+        "_core",
+        "checkpoint",
+        "config",
+        "errors",
+        "frontend",
+        "kubernetes",
+        "protocol",
+        "security",
+        "telemetry",
+    },
     "supervisor": {"checkpoint", "config", "errors"},
 }
 TORCH_FREE = [
@@ -51,10 +62,12 @@ TORCH_FREE = [
     "telemetry",
     "security",
     "frontend",
+    "kubernetes",
     "router",
     "supervisor",
 ]
 OWNERS = {
+    "kubernetes": {"kubernetes/client.py"},
     "nixl": {"transfer/nixl.py"},
     "flashinfer": {"attention/flashinfer.py"},
     "flash_attn": {"attention/flash_attn.py"},

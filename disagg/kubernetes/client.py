@@ -1,0 +1,185 @@
+"""The API server, by the official client. It shows in this file alone, and is imported late: it is large.
+
+Bodies are decoded here into the few fields that we read; the client's own models would take longer
+to build than to use. Every failure of client, connection or content is an `ApiError`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from disagg.errors import ConfigError
+from disagg.kubernetes.slices import SERVICE_LABEL, EndpointSlice, Metadata
+from disagg.kubernetes.watch import ApiError, Bookmark, Changed, Event, Expired, Removed, SliceList
+
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+ANSWER_TIMEOUT_S = 10.0
+WATCH_S = 30
+"""A watch is ended by the server and opened anew this often, so that silence means something."""
+SILENCE_S = 40.0
+"""A watch that has been silent longer than it should last is dead, whatever its connection says."""
+GONE = 410
+
+T = TypeVar("T")
+
+
+class _WatchEvent(Struct, frozen=True):
+    type: Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"]
+    object: Raw
+
+
+class _Object(Struct, frozen=True):
+    metadata: Metadata
+
+
+class _Status(Struct, frozen=True):
+    code: int | None = None
+    message: str | None = None
+
+
+class KubernetesApi:
+    """One namespace of the cluster this process runs in, or of the current kubeconfig."""
+
+    def __init__(self, namespace: str | None, services: list[str]) -> None:
+        """Find the cluster; nothing is asked of it yet.
+
+        Raises:
+            ConfigError: There is neither a service account nor a kubeconfig.
+        """
+        import kubernetes
+        import urllib3
+
+        configuration, context_namespace = _find_cluster(kubernetes)
+        # One attempt each: `SliceWatch` tries again, and knows what it waits for.
+        configuration.retries = False
+        self.namespace = namespace or context_namespace
+        self._selector = f"{SERVICE_LABEL} in ({','.join(services)})"
+        self._client = kubernetes.client.ApiClient(configuration)
+        self._discovery = kubernetes.client.DiscoveryV1Api(self._client)
+        self._failures = (
+            kubernetes.client.OpenApiException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+            ValueError,
+        )
+        self._api_exception = kubernetes.client.ApiException
+        self._watching: Any = None
+        self._is_interrupted = False
+
+    def list_slices(self) -> SliceList:
+        """Return every slice of the Services."""
+        with self._translated():
+            response = self._ask((ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S))
+            try:
+                body = response.read()
+            finally:
+                response.release_conn()
+        return _decode(body, SliceList)
+
+    def watch_slices(self, version: str) -> Iterator[Event]:
+        """Yield what has changed since `version`; see `Api`."""
+        with self._translated():
+            try:
+                response = self._ask(
+                    (ANSWER_TIMEOUT_S, SILENCE_S),
+                    resource_version=version,
+                    watch=True,
+                    allow_watch_bookmarks=True,
+                    timeout_seconds=WATCH_S,
+                )
+            except self._api_exception as error:
+                if error.status != GONE:
+                    raise
+                yield Expired()
+                return
+            self._watching = response
+            try:
+                for line in () if self._is_interrupted else _lines(response):
+                    yield _to_event(_decode(line, _WatchEvent))
+            finally:
+                self._watching = None
+                response.close()  # not to be used again: it may hold the rest of an event
+
+    def interrupt(self) -> None:
+        """End the watch that another thread waits in or is about to; there will be none after it."""
+        self._is_interrupted = True
+        response = self._watching
+        if response is not None:
+            with contextlib.suppress(*self._failures):
+                response.shutdown()
+
+    def close(self) -> None:
+        """Close every connection; no other thread may be asking."""
+        self._client.rest_client.close()
+
+    def _ask(self, timeout: tuple[float, float], **options: Any) -> Any:
+        return self._discovery.list_namespaced_endpoint_slice(
+            self.namespace,
+            label_selector=self._selector,
+            _preload_content=False,
+            _request_timeout=timeout,
+            **options,
+        )
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except self._failures as error:
+            status = getattr(error, "status", None)
+            what = f"{status} {error.reason}" if isinstance(error, self._api_exception) else str(error)
+            raise ApiError(f"{type(error).__name__}: {what}") from error
+
+
+def _find_cluster(kubernetes: Any) -> tuple[Any, str]:
+    """Return the client's configuration, and the namespace that goes with it."""
+    configuration = kubernetes.client.Configuration()
+    try:
+        kubernetes.config.load_incluster_config(client_configuration=configuration)
+        return configuration, NAMESPACE_FILE.read_text().strip()
+    except (kubernetes.config.ConfigException, OSError) as in_cluster:
+        try:
+            # Given, for the client reads the variable only when it is imported.
+            file = os.environ.get("KUBECONFIG")
+            kubernetes.config.load_kube_config(file, client_configuration=configuration)
+            _, context = kubernetes.config.list_kube_config_contexts(file)
+        except kubernetes.config.ConfigException as error:
+            raise ConfigError(
+                f"discover needs a service account ({in_cluster}) or a kubeconfig ({error})"
+            ) from error
+        return configuration, context["context"].get("namespace", "default")
+
+
+def _lines(response: Any) -> Iterator[bytes]:
+    """Split a watch's body, as it comes, into its lines: one event each."""
+    rest = b""
+    for chunk in response.stream(None):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line for line in whole if line)
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ApiError(f"the API server's answer is not understood: {error}") from error
+
+
+def _to_event(event: _WatchEvent) -> Event:
+    match event.type:
+        case "ERROR":
+            status = _decode(bytes(event.object), _Status)
+            if status.code == GONE:
+                return Expired()
+            raise ApiError(f"{status.code} {status.message}")
+        case "BOOKMARK":
+            return Bookmark(_decode(bytes(event.object), _Object).metadata.resource_version)
+        case "DELETED":
+            return Removed(_decode(bytes(event.object), EndpointSlice))
+        case _:
+            return Changed(_decode(bytes(event.object), EndpointSlice))
