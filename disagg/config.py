@@ -173,6 +173,17 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     api_key: Annotated[
         tuple[ApiKey, ...], Meta(description="Key that clients must send; may be given several times.")
     ] = ()
+    api_key_file: Annotated[
+        str | None,
+        Meta(description="File with more of them, one a line; read again when it changes."),
+    ] = None
+    tls_certificate: Annotated[
+        str | None,
+        Meta(description="PEM file with the certificate and what leads to its root: the port speaks HTTPS."),
+    ] = None
+    tls_key: Annotated[
+        str | None, Meta(description="PEM file with its key. Both are read again when they change.")
+    ] = None
     max_body_bytes: Annotated[int, Meta(ge=1, description="Largest request body.")] = 8 * 1024 * 1024
     workers: Annotated[
         tuple[str, ...], Meta(description="Control addresses of workers; may be given several times.")

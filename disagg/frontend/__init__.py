@@ -6,7 +6,7 @@ the models is behind `Generator`. Read `generator.py` first, then `app.py` and `
 To serve, in a running loop (uvloop's, for its TCP_NODELAY and speed):
 
     text = TextModel.from_folder(files.path, chat_template=None)
-    app = create_app(generator, text, "served name", api_keys=(), max_body_bytes=8 << 20)
+    app = create_app(generator, text, "served name", api_keys=None, max_body_bytes=8 << 20)
     server = HttpServer(app, host, port)   # binds: server.port is known, connections queue
     task_group.create_task(server.run())   # until server.stop(), which lets open requests end;
                                            # server.abort() or cancelling ends them at once

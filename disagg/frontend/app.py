@@ -4,7 +4,6 @@ The hot endpoints are raw ASGI and are reached without FastAPI's middleware, whi
 all of ours. FastAPI serves everything else, and documents it all at /docs.
 """
 
-import hmac
 import logging
 import time
 from collections.abc import MutableMapping
@@ -21,6 +20,7 @@ from disagg.frontend.formats import error_event
 from disagg.frontend.generator import Generator
 from disagg.frontend.pages import make_pages
 from disagg.frontend.text import TextModel
+from disagg.security import ApiKeys
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +38,20 @@ def create_app(
     text: TextModel,
     model_name: str,
     *,
-    api_keys: tuple[str, ...] = (),
+    api_keys: ApiKeys | None = None,
     max_body_bytes: int = 8 * 1024 * 1024,
 ) -> "App":
     """Make the application of one served model. It owns `text` from now on."""
     service = Service(generator, text, model_name, int(time.time()), max_body_bytes)
-    return App(service, api_keys)
+    return App(service, api_keys or ApiKeys())
 
 
 class App:
     """Routes, and is the edge at which every error of a request ends."""
 
-    def __init__(self, service: Service, api_keys: tuple[str, ...]) -> None:
+    def __init__(self, service: Service, api_keys: ApiKeys) -> None:
         self._service = service
-        self._api_keys = [key.encode() for key in api_keys]
+        self._api_keys = api_keys
         self._pages: FastAPI = make_pages(service)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -91,13 +91,10 @@ class App:
         await self._pages(scope, receive, exchange.send_with_id)
 
     def _check_key(self, exchange: Exchange) -> None:
-        if not self._api_keys or not exchange.path.startswith(_KEYED) or exchange.path == _OPEN:
+        if not self._api_keys.is_needed or not exchange.path.startswith(_KEYED) or exchange.path == _OPEN:
             return
         scheme, _, given = exchange.authorization.partition(b" ")
-        given = given.strip()
-        # Every key is compared, in constant time: how long this takes tells nothing of them.
-        matches = [hmac.compare_digest(key, given) for key in self._api_keys]
-        if scheme.lower() != b"bearer" or not any(matches):
+        if not self._api_keys.accept(given.strip()) or scheme.lower() != b"bearer":
             raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from asyncio import TimerHandle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,8 @@ class HttpServer:
     The port is known from the start, also where 0 picked it.
     """
 
-    def __init__(self, app: App, host: str, port: int) -> None:
-        """Bind.
+    def __init__(self, app: App, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        """Bind. With `tls` the port speaks HTTPS alone.
 
         Raises:
             ConfigError: The address cannot be bound.
@@ -60,6 +61,7 @@ class HttpServer:
                 server_header=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                ssl_context_factory=(lambda *_: tls) if tls is not None else None,
             )
         )
 
@@ -207,5 +209,6 @@ class _Protocol(HttpToolsProtocol):
         ]
         self.transport.write(b"".join(lines))
         # Closing now, with bytes of the client unread, would reset the connection and lose the answer.
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # not with TLS, which has no half-closed connection
+            self.transport.write_eof()
         self._lingering = self.loop.call_later(LINGER_S, self.transport.close)

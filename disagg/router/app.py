@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from disagg._core import PrefixIndex
 from disagg.checkpoint import resolve
 from disagg.config import RouterConfig
+from disagg.errors import ConfigError
 from disagg.frontend import HttpServer, TextModel, create_app
 from disagg.kubernetes import follow_release
 from disagg.router.dispatch import Dispatcher
@@ -24,7 +26,7 @@ from disagg.router.links import ZmqConnector, check_address
 from disagg.router.membership import Membership
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
-from disagg.security import KeyRing
+from disagg.security import ApiKeys, KeyRing, tls_context
 from disagg.telemetry import RouterMetrics, fields, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         service,
         text,
         model.served_model_name or model.model,
-        api_keys=config.api_key,
+        api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
         max_body_bytes=config.max_body_bytes,
     )
     discovery = None
@@ -70,7 +72,7 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         if config.discover is not None:
             members = Membership(dispatcher)
             discovery = follow_release(config.discover, config.discover_namespace, members.on_members)
-        server = HttpServer(app, config.host, config.port)
+        server = HttpServer(app, config.host, config.port, _make_tls(config))
         # What has been made until here stays: no collection looks at it again.
         gc.collect()
         gc.freeze()
@@ -86,6 +88,14 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         connector.close()
         # What is frozen is not collected at exit either, and nanobind reports it as leaked.
         gc.unfreeze()
+
+
+def _make_tls(config: RouterConfig) -> ssl.SSLContext | None:
+    if config.tls_certificate is None and config.tls_key is None:
+        return None
+    if config.tls_certificate is None or config.tls_key is None:
+        raise ConfigError("tls_certificate and tls_key go together, and one of them is missing")
+    return tls_context(Path(config.tls_certificate), Path(config.tls_key))
 
 
 def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatcher:

@@ -2,7 +2,7 @@
 
 May import `errors` and `telemetry` only. Read `keys.py` first (which keys there are, and which a client
 tries), then `curve.py` (how a ZeroMQ socket gets them, and who lets clients in), `addresses.py` (what may
-be spoken to in the clear).
+be spoken to in the clear); `api_keys.py` and `tls.py` are the router's HTTP port's.
 
 A server:
 
@@ -20,11 +20,14 @@ A client makes a new socket for every try, and watches its monitor for `HANDSHAK
 """
 
 from disagg.security.addresses import host_of, is_loopback, is_wildcard
+from disagg.security.api_keys import ApiKeys
 from disagg.security.curve import HANDSHAKE_FAILED, admission, choice_for, secure_client, secure_server
 from disagg.security.keys import KeyChoice, KeyPair, KeyRing
+from disagg.security.tls import tls_context
 
 __all__ = [
     "HANDSHAKE_FAILED",
+    "ApiKeys",
     "KeyChoice",
     "KeyPair",
     "KeyRing",
@@ -35,4 +38,5 @@ __all__ = [
     "is_wildcard",
     "secure_client",
     "secure_server",
+    "tls_context",
 ]

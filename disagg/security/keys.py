@@ -8,7 +8,6 @@ old one as `previous` and restart the processes; then drop `previous`.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,15 +17,13 @@ import zmq
 from zmq.utils import z85
 
 from disagg.errors import ConfigError
-from disagg.telemetry import fields
+from disagg.security.reloaded import Reloaded
 
 log = logging.getLogger(__name__)
 
 NAMES = ("current", "next", "previous")
 """In the order in which a client tries them."""
 KEY_BYTES = 32
-REREAD_AFTER_S = 1.0
-"""Bounds what a flood of strangers can make us read; a change shows within it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,60 +41,33 @@ class KeyPair:
 
 
 class KeyRing:
-    """The keys of one folder. May be used from any thread.
-
-    It is read when asked, at most once a second: no timer, no descriptor kept. A folder that becomes
-    unusable changes nothing until it is mended; the log says so once.
-    """
+    """The keys of one folder, read again when they may have changed. May be used from any thread."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the folder; raises `ConfigError` where it has no usable keys."""
-        self._folder = folder
-        self._clock = clock
-        self._lock = threading.Lock()
+        what = f"transport_keys {str(folder)!r}"
         try:
-            self._raw = _read(folder)
+            self._pairs = Reloaded(
+                what, lambda: _read(folder), _pairs_of, on_change=self._on_change, clock=clock
+            )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"transport_keys {str(folder)!r} cannot be used: {error}") from error
-        self._pairs = _pairs_of(self._raw)
-        self._read_at = clock()
-        self._failure = ""
-        self.own = self._pairs[0]
+            raise ConfigError(f"{what} cannot be used: {error}") from error
+        self.own = self._pairs.get()[0]
         """What a server of this process proves itself with, for as long as the process lives."""
 
     def pairs(self) -> tuple[KeyPair, ...]:
         """The keys there are now: current, next, previous; each once."""
-        with self._lock:
-            now = self._clock()
-            if now - self._read_at >= REREAD_AFTER_S:
-                self._read_at = now
-                self._reread()
-            return self._pairs
+        return self._pairs.get()
 
     def accepts(self, public: bytes) -> bool:
         """Whether a client that proved to have this key (Z85) is one of ours."""
         return any(pair.public == public for pair in self.pairs())
 
-    def _reread(self) -> None:
-        failure = ""
-        try:
-            raw = _read(self._folder)
-        except (OSError, ValueError) as error:
-            failure = str(error)
-        else:
-            if raw != self._raw:
-                self._raw, self._pairs = raw, _pairs_of(raw)
-                log.info("transport keys changed %s", fields(folder=self._folder, keys=", ".join(raw)))
-                if self.own not in self._pairs:
-                    log.error(
-                        "the key this process started with is no longer in the folder: nobody can connect to "
-                        "it, restart it %s",
-                        fields(folder=self._folder),
-                    )
-        if failure != self._failure:
-            self._failure = failure
-            if failure:
-                log.error("transport keys unreadable, the old ones stay %s", fields(error=failure))
+    def _on_change(self, pairs: tuple[KeyPair, ...]) -> None:
+        if self.own not in pairs:
+            log.error(
+                "the transport key this process started with is gone: restart it, nobody can connect to it"
+            )
 
 
 class KeyChoice:

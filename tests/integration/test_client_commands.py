@@ -15,6 +15,7 @@ from disagg.cli.bench_serve import bench_serve
 from disagg.cli.chat import chat
 from disagg.errors import Overloaded
 from disagg.frontend import App, GenerateRequest, TextModel, create_app
+from disagg.security import ApiKeys
 from support.checkpoints import write_tokenizer
 from support.generator import FakeGenerator
 from support.http_server import RunningServer, serving
@@ -33,7 +34,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 def running(text: TextModel) -> Iterator[RunningServer]:
     def make_app(generator: FakeGenerator) -> App:
         generator.context = 4096
-        return create_app(generator, TextModel(text.tokenizer, text.template), "m", api_keys=("secret",))
+        return create_app(
+            generator, TextModel(text.tokenizer, text.template), "m", api_keys=ApiKeys(("secret",))
+        )
 
     with serving(make_app) as running:
         yield running

@@ -14,6 +14,7 @@ from openai.resources.completions import Completions
 from disagg.errors import Overloaded, WorkerLost
 from disagg.frontend import App, TextModel, create_app
 from disagg.frontend.fields import ChatFields, CompletionFields
+from disagg.security import ApiKeys
 from support.checkpoints import write_tokenizer
 from support.generator import FakeGenerator, FakeTicket
 from support.http_server import RunningServer, serving
@@ -34,7 +35,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 @pytest.fixture
 def running(text: TextModel) -> Iterator[RunningServer]:
     def make_app(generator: FakeGenerator) -> App:
-        return create_app(generator, TextModel(text.tokenizer, text.template), "m", api_keys=("secret",))
+        return create_app(
+            generator, TextModel(text.tokenizer, text.template), "m", api_keys=ApiKeys(("secret",))
+        )
 
     with serving(make_app) as running:
         yield running

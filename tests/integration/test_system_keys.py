@@ -1,5 +1,6 @@
 """Whole systems with transport keys, reached over an address of this machine that is not loopback."""
 
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from disagg.protocol import PROTOCOL_VERSION, Hello, encode
 from disagg.router.app import run_router
 from disagg.security import HANDSHAKE_FAILED, KeyPair
 from disagg.worker import run_worker
+from support.certificates import Certificate, trusted
 from support.checkpoints import make_checkpoint
 from support.keyed import (
     MODEL,
@@ -115,6 +117,53 @@ def test_an_idle_system_with_keys_costs_under_a_tenth_of_a_core(
         threading.Event().wait(2.0)
         shares.append((sum(sum(process.cpu_times()[:2]) for process in processes) - before) / 2.0)
     assert min(shares) < 0.1, shares
+
+
+def test_api_keys_and_certificate_are_renewed_on_a_running_router(
+    system: KeyedSystem, http: httpx.Client, tmp_path: Path
+) -> None:
+    """Each within five seconds; answers that are on their way are not disturbed."""
+    del http  # the workers are ready
+    files = Certificate(tmp_path, "one")
+    keys = tmp_path / "api-keys"
+    keys.write_text("first\n")
+    address = system.start_router(
+        "router-tls",
+        *("--tls-certificate", str(files.certificate), "--tls-key", str(files.key)),
+        *("--api-key-file", str(keys)),
+    )
+
+    def status(certificate: str, key: str) -> int | None:
+        """Of a new connection; None where its certificate is not trusted."""
+        context = ssl.create_default_context(cafile=trusted(certificate))
+        try:
+            return httpx.get(
+                f"https://{address}/v1/models",
+                headers={"authorization": f"Bearer {key}"},
+                verify=context,
+                trust_env=False,
+            ).status_code
+        except httpx.ConnectError:
+            return None
+
+    assert status("one", "first") == 200
+    assert status("one", "second") == 401
+    assert status("two", "first") is None
+    keys.write_text("second\n")
+    eventually(lambda: status("one", "second") == 200, "the new key counts", 5)
+    assert status("one", "first") == 401
+    files.write("two")
+    eventually(lambda: status("two", "second") == 200, "the new certificate is shown", 5)
+    assert status("one", "second") is None
+    keys.unlink()
+    files.key.unlink()
+    log = system.processes["router-tls"].log
+    eventually(
+        lambda: status("two", "second") and log.read_text().count("what there was stays") == 2,
+        "both are told",
+        5,
+    )
+    assert status("two", "second") == 200
 
 
 class Load:

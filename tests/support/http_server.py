@@ -1,6 +1,7 @@
 """The real HTTP server over a fake generator, in a thread with a loop of its own."""
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,7 +48,9 @@ class RunningServer:
 
 
 @contextmanager
-def serving(make_app: Callable[[FakeGenerator], App]) -> Iterator[RunningServer]:
+def serving(
+    make_app: Callable[[FakeGenerator], App], tls: ssl.SSLContext | None = None
+) -> Iterator[RunningServer]:
     """Serve on a free port; afterwards stop gracefully and see that no task is left."""
     ready = threading.Event()
     running: list[RunningServer] = []
@@ -55,7 +58,7 @@ def serving(make_app: Callable[[FakeGenerator], App]) -> Iterator[RunningServer]
 
     async def main() -> None:
         generator = FakeGenerator()
-        server = HttpServer(make_app(generator), "127.0.0.1", 0)
+        server = HttpServer(make_app(generator), "127.0.0.1", 0, tls)
         running.append(RunningServer(asyncio.get_running_loop(), server, generator))
         ready.set()
         await server.run()

@@ -38,7 +38,7 @@ LAYERS = {
     },
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
-    "frontend": {"checkpoint", "config", "errors", "protocol"},
+    "frontend": {"checkpoint", "config", "errors", "protocol", "security"},
     "kubernetes": {"errors", "telemetry"},
     "router": {
         "_core",

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from disagg.frontend import App, TextModel, create_app
+from disagg.security import ApiKeys
 from support.asgi import Call
 from support.generator import FakeGenerator
 
@@ -62,7 +63,7 @@ async def test_every_path_answers_with_an_id_and_errors_in_openais_shape(
 async def test_with_keys_only_probes_and_documents_are_open(
     generator: FakeGenerator, text: TextModel, method: str, path: str, status: int, key: str | None
 ) -> None:
-    app = create_app(generator, text, "test-model", api_keys=("secret", "other"))
+    app = create_app(generator, text, "test-model", api_keys=ApiKeys(("secret", "other")))
     headers = {} if key is None else {"authorization": key}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
         answer = await http.request(method, path, headers=headers)
@@ -79,7 +80,7 @@ async def test_with_keys_only_probes_and_documents_are_open(
 
 async def test_the_page_for_people_needs_no_key(generator: FakeGenerator, text: TextModel) -> None:
     """A browser cannot send one; the page asks for it."""
-    app = create_app(generator, text, "test-model", api_keys=("secret",))
+    app = create_app(generator, text, "test-model", api_keys=ApiKeys(("secret",)))
     async with Call(app, "/disagg/ui", method="GET") as call:
         await call.next_body()
     assert call.status != 401

@@ -67,6 +67,13 @@ def test_a_process_that_does_not_listen_there_is_not_taken_for_the_worker(tmp_pa
         assert ProcessProof.take(f"ipc://{tmp_path}/none", [process.pid]) is None
 
 
+def test_a_process_here_is_not_taken_for_the_worker_at_another_machines_address() -> None:
+    """Both may have the same number and listen on the same port; a false proof lets two write one page."""
+    with listener("tcp") as (process, port, child):
+        assert ProcessProof.take(f"tcp://192.0.2.254:{port}", [process.pid, child]) is None
+        assert ProcessProof.take(f"tcp://worker.example.com:{port}", [process.pid, child]) is None
+
+
 def test_ranks_must_descend_from_the_one_that_listens() -> None:
     with listener("tcp") as (process, port, _), listener("tcp") as (stranger, _, _):
         assert ProcessProof.take(f"tcp://127.0.0.1:{port}", [process.pid, stranger.pid]) is None
