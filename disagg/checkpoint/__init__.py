@@ -4,6 +4,7 @@ May import `errors` only, and neither torch nor transformers, because the router
 `resolve.py` first, then `gguf.py`.
 """
 
+from disagg.checkpoint.identity import model_hash, tokenizer_hash
 from disagg.checkpoint.resolve import DEFAULT_MODEL, ModelFiles, resolve
 from disagg.checkpoint.tensors import TensorEntry, TensorReader, read_index
 from disagg.checkpoint.vocabulary import byte_alphabet
@@ -14,6 +15,8 @@ __all__ = [
     "TensorEntry",
     "TensorReader",
     "byte_alphabet",
+    "model_hash",
     "read_index",
     "resolve",
+    "tokenizer_hash",
 ]

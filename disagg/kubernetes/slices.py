@@ -27,9 +27,7 @@ class Conditions(Struct, frozen=True):
         """Sum them up as the API documents them: not said is ready, serving as ready, not terminating."""
         if self.terminating:
             return "terminating"
-        ready = self.ready is not False
-        serving = ready if self.serving is None else self.serving
-        return "ready" if ready or serving else "not_ready"
+        return "ready" if self.ready is not False or self.serving else "not_ready"
 
 
 class TargetRef(Struct, frozen=True):

@@ -61,6 +61,9 @@ class Welcome(Struct, frozen=True, array_like=True, tag="welcome"):
     dtype: str
     transport: str
     """What carries KV from or to here, for example `nixl`."""
+    model_hash: str = ""
+    """Which weights these are; empty where the worker does not say."""
+    tokenizer_hash: str = ""
 
 
 class Reserve(Struct, frozen=True, array_like=True, tag="reserve"):

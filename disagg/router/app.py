@@ -15,7 +15,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from disagg._core import PrefixIndex
-from disagg.checkpoint import resolve
+from disagg.checkpoint import resolve, tokenizer_hash
 from disagg.config import RouterConfig
 from disagg.errors import ConfigError
 from disagg.frontend import HttpServer, TextModel, create_app
@@ -58,7 +58,7 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
     files = resolve(model.model)
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
     connector = ZmqConnector(keys)
-    dispatcher = _make_dispatcher(config, connector)
+    dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path))
     service = RouterService(dispatcher, Ledger(config.routing.ledger_size))
     app = create_app(
         service,
@@ -98,7 +98,7 @@ def _make_tls(config: RouterConfig) -> ssl.SSLContext | None:
     return tls_context(Path(config.tls_certificate), Path(config.tls_key))
 
 
-def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatcher:
+def _make_dispatcher(config: RouterConfig, connector: ZmqConnector, tokenizer: str) -> Dispatcher:
     series = CollectorRegistry()
     ProcessCollector(registry=series)
     # The leases are counted when asked, by what is made with the metrics in hand.
@@ -110,6 +110,7 @@ def _make_dispatcher(config: RouterConfig, connector: ZmqConnector) -> Dispatche
         router_id=token_hex(8),
         routing=config.routing,
         lease=config.lease,
+        tokenizer_hash=tokenizer,
     )
     return dispatcher
 

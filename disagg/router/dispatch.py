@@ -11,10 +11,6 @@ import time
 from collections.abc import Callable
 from typing import assert_never
 
-import numpy as np
-from numpy.typing import NDArray
-
-from disagg._core import page_hashes
 from disagg.config import LeaseConfig, RoutingConfig
 from disagg.errors import ConfigError
 from disagg.protocol import (
@@ -41,8 +37,10 @@ from disagg.protocol import (
     Welcome,
 )
 from disagg.router.fences import FenceBook, ProcessProof
+from disagg.router.hashes import PromptHashes
 from disagg.router.links import Connector
-from disagg.router.policy import Impossible, Placement, Wait, decide, with_held
+from disagg.router.pairing import why_refused
+from disagg.router.policy import Impossible, Placement, Stranded, Wait, decide, with_held
 from disagg.router.queue import WaitQueue
 from disagg.router.registry import Registry, Worker
 from disagg.router.sequence import Sequence
@@ -74,6 +72,7 @@ class Dispatcher:
         routing: RoutingConfig,
         lease: LeaseConfig,
         clock: Clock = time.monotonic,
+        tokenizer_hash: str | None = None,
         prove: Callable[[str, list[int]], ProcessProof | None] = ProcessProof.take,
     ) -> None:
         self.registry = registry
@@ -86,8 +85,11 @@ class Dispatcher:
         self._router_id = router_id
         self._routing = routing
         self._clock = clock
+        self._tokenizer_hash = tokenizer_hash
         self._prove = prove
         self._sequences: dict[str, Sequence] = {}
+        self._stranded: dict[str, tuple[float, Sequence]] = {}
+        """By transfer id: since when, and who waits for a worker of the model that began it."""
         self._late: dict[str, tuple[float, Sequence]] = {}
         self._turn = 0
         self._num_connections = 0
@@ -148,23 +150,17 @@ class Dispatcher:
             self.queue.add(sequence)
         self._place()
 
-    def hashes(self, token_ids: list[int], cache_salt: str) -> NDArray[np.uint64]:
-        """Hash the pages of a prompt as the workers do; empty before one is known."""
-        page_size = self.registry.page_size()
-        if page_size is None:
-            return np.empty(0, np.uint64)
-        return page_hashes(np.array(token_ids, np.int32), page_size, cache_salt)
-
     def requeue(self, sequence: Sequence) -> None:
         """Place a sequence again, from where its output is."""
         if sequence.output:
-            sequence.hashes = self.hashes(sequence.prompt + sequence.output, sequence.cache_salt)
+            sequence.hashes = PromptHashes(sequence.prompt + sequence.output, sequence.cache_salt)
         self.queue.add_again(sequence)
         self._is_poked = True
 
     def unqueue(self, sequence: Sequence) -> None:
         """Place it no more."""
         self.queue.remove(sequence)
+        self._stranded.pop(sequence.transfer_id, None)
 
     def on_ended(self, sequence: Sequence) -> None:
         """Forget a sequence."""
@@ -224,6 +220,11 @@ class Dispatcher:
             )
             if isinstance(decided, Wait):
                 return
+            if isinstance(decided, Stranded):
+                # Aside: what can begin must not wait for a worker that may never come.
+                self.queue.remove(sequence)
+                self._stranded[sequence.transfer_id] = (now, sequence)
+                continue
             if isinstance(decided, Impossible):
                 sequence.give_up(decided.reason, now)
                 continue
@@ -256,6 +257,7 @@ class Dispatcher:
         """A worker cannot be reached any more: what it had goes on elsewhere."""
         worker.hello_at = None
         if not worker.is_up:
+            worker.on_lost()  # one that was refused is not there any more
             return
         now = self._clock()
         worker.on_lost()
@@ -325,19 +327,18 @@ class Dispatcher:
                 assert_never(message)
 
     def _on_welcome(self, worker: Worker, welcome: Welcome, now: float) -> None:
-        if welcome.protocol_version != PROTOCOL_VERSION:
-            log.error(
-                "worker speaks another protocol %s",
-                fields(worker=welcome.worker_id, version=welcome.protocol_version, ours=PROTOCOL_VERSION),
-            )
-            return
-        if worker.is_up and worker.uuid == welcome.uuid:
+        if worker.uuid == welcome.uuid and (worker.is_up or worker.state != "lost"):
             return  # it has answered more than one Hello
-        old_uuid = worker.uuid
-        is_new = worker.on_welcome(welcome, now)
-        if is_new:
+        old_uuid, refused = worker.uuid, why_refused(welcome, self._tokenizer_hash)
+        if refused is not None:
+            log.error("worker is not used %s", fields(worker=welcome.worker_id, reason=refused))
+        if welcome.uuid != old_uuid:
             self._proofs.pop(old_uuid, None)
             self.fences.on_replaced(old_uuid)
+        if refused is not None and welcome.protocol_version != PROTOCOL_VERSION:
+            worker.refuse(welcome, refused, now)  # whatever else it says may mean something else
+            return
+        if worker.on_welcome(welcome, now, refused):
             self._proofs[welcome.uuid] = self._prove(worker.address, welcome.rank_pids)
             log.info(
                 "worker found %s",
@@ -378,6 +379,7 @@ class Dispatcher:
             elif worker.hello_at is not None and now - worker.hello_at > HELLO_AGAIN_S:
                 self._say_hello(worker, now)
         self.fences.check(now)
+        self._check_stranded(now)
         if now >= self._slow_tick_at:
             self._slow_tick_at = now + SLOW_TICK_S
             self._check_sequences(now)
@@ -407,6 +409,18 @@ class Dispatcher:
             sequence.on_tick(now)
         for transfer_id in [key for key, (until, _) in self._late.items() if until <= now]:
             del self._late[transfer_id]
+
+    def _check_stranded(self, now: float) -> None:
+        """Place again what a worker has come back for, and give up what none did."""
+        if not self._stranded:
+            return
+        models = {w.welcome.model_hash for w in self.registry if w.can_decode and w.welcome is not None}
+        for key, (since, sequence) in list(self._stranded.items()):
+            if sequence.model_hash in models:
+                del self._stranded[key]
+                self.queue.add_again(sequence)
+            elif now - since > self.lease.lease_ttl_s:
+                sequence.give_up("no worker of the model that began it came back", now)
 
     def _check_queue(self, now: float) -> None:
         """Give up what waits where nobody is left who could decode it."""

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from disagg.config import DisaggregateMode, RoutingPolicyName
 from disagg.protocol import Role
+from disagg.router.pairing import KvTerms
 
 Decision = Literal["disaggregated", "local"]
 
@@ -54,6 +55,9 @@ class WorkerFacts(Struct, frozen=True):
     page_size: int
     page_bytes: int
     """KV bytes of one page over all ranks."""
+    model_hash: str = ""
+    kv_terms: KvTerms = ()
+    """Equal on both sides of a pair, or they cannot exchange KV."""
 
 
 class Held(Struct, frozen=True):
@@ -75,6 +79,8 @@ class Job(Struct, frozen=True):
     excluded_pairs: frozenset[tuple[str, str]] = frozenset()
     """(prefill uuid, decode uuid) that failed to exchange KV for this sequence."""
     excluded_workers: frozenset[str] = frozenset()
+    model_hash: str | None = None
+    """The model that made its output so far; None where any may begin."""
 
 
 class Predicted(Struct, frozen=True, gc=False):
@@ -111,7 +117,13 @@ class Impossible(Struct, frozen=True):
     reason: str
 
 
-Decided = Placement | Wait | Impossible
+class Stranded(Struct, frozen=True):
+    """Only workers of another model than its output's are there."""
+
+    reason: str
+
+
+Decided = Placement | Wait | Stranded | Impossible
 Key = Callable[[WorkerFacts], tuple[float, ...]]
 
 
@@ -293,6 +305,11 @@ def decide(
         turn: Counts placements, for `round_robin`.
         is_override: The mode came with the request; shows in the reason only.
     """
+    if job.model_hash is not None:
+        same = [w for w in workers if w.model_hash == job.model_hash]
+        if _has_decode(workers) and not _has_decode(same):
+            return Stranded("no worker of the model that began it is left")
+        workers = same
     usable = [w for w in workers if w.uuid not in job.excluded_workers and can_ever_hold(w, job)]
     if workers and not usable:
         return Impossible("no worker can hold a sequence of this length")
@@ -302,7 +319,7 @@ def decide(
         unified=[w for w in usable if w.role == "unified"],
     )
     if not pools.decode and not pools.unified:
-        if any(worker.role != "prefill" for worker in workers):
+        if _has_decode(workers):
             return Impossible("no decode worker can take it")
         return Wait("no decode worker is ready")
     prefix = "header: " if is_override else ""
@@ -341,7 +358,7 @@ def _always(
     if pair is not None:
         prefill, decode = pair
         return _remote(prefill, decode, job, reason, cap_match=True)
-    if all((p.uuid, d.uuid) in job.excluded_pairs for p in pools.prefill for d in pools.decode):
+    if not any(_can_pair(p, d, job) for p in pools.prefill for d in pools.decode):
         return _local(policy, pools, job, turn, reason="no pair can exchange KV", is_silent=True)
     return Wait("no pair has room")
 
@@ -385,7 +402,7 @@ def _pair(
     while decodes and prefills:
         decode = pick_decode(policy, decodes, job, cap_match=cap_match, turn=turn)
         assert decode is not None
-        reachable = [w for w in prefills if (w.uuid, decode.uuid) not in job.excluded_pairs]
+        reachable = [w for w in prefills if _can_pair(w, decode, job)]
         prefill = pick_prefill(policy, reachable, decode, job, cap_match=cap_match, turn=turn)
         if prefill is not None:
             return prefill, decode
@@ -402,6 +419,14 @@ def _remote(
         decode_cached_tokens=cached_tokens(decode, job, cap_match=cap_match),
     )
     return Placement("disaggregated", reason, decode.uuid, prefill.uuid, cap_match, predicted)
+
+
+def _can_pair(prefill: WorkerFacts, decode: WorkerFacts, job: Job) -> bool:
+    return prefill.kv_terms == decode.kv_terms and (prefill.uuid, decode.uuid) not in job.excluded_pairs
+
+
+def _has_decode(workers: Sequence[WorkerFacts]) -> bool:
+    return any(worker.role != "prefill" for worker in workers)
 
 
 def _pages(num_tokens: int, worker: WorkerFacts) -> int:

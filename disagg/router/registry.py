@@ -7,11 +7,10 @@ import heapq
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from disagg.protocol import Abort, KvLayout, Load, RejectReason, ToWorker, Welcome, WorkerState
 from disagg.router.backlog import Backlog
+from disagg.router.hashes import PromptHashes
+from disagg.router.pairing import KvTerms, kv_terms, why_incompatible
 from disagg.router.policy import WorkerFacts
 from disagg.router.summaries import Index, SummaryFollower, Trust
 
@@ -51,6 +50,9 @@ class Worker:
         self.state: WorkerState = "starting"
         self.is_up = False
         self.standing: Standing = "in"
+        self.refused: str | None = None
+        """Why it gets no work from this router, however ready it is."""
+        self.kv_terms: KvTerms = ()
         self.router_id = ""
         """What this router is called on the present connection."""
         self.hello_at: float | None = None
@@ -81,18 +83,26 @@ class Worker:
         return self.welcome.worker_id if self.welcome is not None else self.address
 
     @property
+    def role(self) -> str:
+        """What it does; empty before the first Welcome."""
+        return self.welcome.role if self.welcome is not None else ""
+
+    @property
     def is_ready(self) -> bool:
         """Whether it takes new work."""
-        return self.is_up and self.standing == "in" and self.state == "ready" and self.load is not None
+        is_ours = self.standing == "in" and self.refused is None
+        return is_ours and self.is_up and self.state == "ready" and self.load is not None
 
     @property
     def can_decode(self) -> bool:
         """Whether it can serve a whole sequence."""
         return self.is_ready and self.welcome is not None and self.welcome.role != "prefill"
 
-    def on_welcome(self, welcome: Welcome, now: float) -> bool:
-        """Take in who answered; True where it is another process than before."""
+    def on_welcome(self, welcome: Welcome, now: float, refused: str | None = None) -> bool:
+        """Take in who answered, `refused` or not; True where it is another process than before."""
         is_new = welcome.uuid != self.uuid
+        self.refused = refused
+        self.kv_terms = kv_terms(welcome)
         self.welcome, self.state, self.is_up = welcome, welcome.state, True
         self.heard_at = self.renewed_at = now
         self.load = None
@@ -103,6 +113,11 @@ class Worker:
             self.trust = Trust()
             self.orphans.clear()
         return is_new
+
+    def refuse(self, welcome: Welcome, why: str, now: float) -> None:
+        """Note who is there that cannot be spoken to."""
+        self.welcome, self.state, self.refused = welcome, welcome.state, why
+        self.follower.reset(now)
 
     def on_load(self, load: Load, now: float) -> None:
         """Take in how it is. Its figures replace what we reckoned since the last."""
@@ -163,6 +178,8 @@ class Worker:
             transfer_bytes_per_s=load.transfer_bytes_per_s,
             page_size=page_size,
             page_bytes=page_bytes(welcome.layout),
+            model_hash=welcome.model_hash,
+            kv_terms=self.kv_terms,
         )
 
     def shown_state(self) -> WorkerState:
@@ -197,6 +214,7 @@ class Worker:
             },
             "uuid": welcome.uuid,
             "address": self.address,
+            "refused": self.refused,
         }
 
 
@@ -238,23 +256,30 @@ class Registry:
         """The ready worker of that process."""
         return next((w for w in self._by_address.values() if w.is_ready and w.uuid == uuid), None)
 
-    def page_size(self) -> int | None:
-        """Tokens of a page: the first known worker's; others' summaries mean nothing to the index."""
-        return next((w.welcome.layout.page_size for w in self._by_address.values() if w.welcome), None)
-
     def max_model_len(self) -> int | None:
         """Longest sequence that every live worker takes, tokens; None before the first Welcome."""
-        known = [w.welcome for w in self._by_address.values() if w.welcome is not None]
-        live = [w.welcome for w in self._by_address.values() if w.welcome is not None and w.is_up]
-        lengths = [min(w.max_model_len, w.num_pages * w.layout.page_size) for w in live or known]
+        known = [w for w in self._by_address.values() if w.welcome is not None and w.refused is None]
+        live = [w for w in known if w.is_up]
+        welcomes = [w.welcome for w in live or known if w.welcome is not None]
+        lengths = [min(w.max_model_len, w.num_pages * w.layout.page_size) for w in welcomes]
         return min(lengths, default=None)
 
-    def facts(self, hashes: NDArray[np.uint64], now: float) -> list[WorkerFacts]:
+    def facts(self, prompt: PromptHashes, now: float) -> list[WorkerFacts]:
         """Describe every ready worker, with what it holds of a prompt."""
-        matched = self.index.match(hashes).tolist()
-        known = len(matched)
-        return [
-            worker.facts(matched[worker.number] if worker.number < known else 0, now)
-            for worker in self._by_address.values()
-            if worker.is_ready
-        ]
+        matched: dict[tuple[int, str], list[int]] = {}
+        facts = []
+        for worker in self.ready():
+            assert worker.welcome is not None
+            kind = (worker.welcome.layout.page_size, worker.welcome.model_hash)
+            lengths = matched.get(kind)
+            if lengths is None:
+                lengths = matched[kind] = self.index.match(prompt.of(*kind)).tolist()
+            facts.append(worker.facts(lengths[worker.number] if worker.number < len(lengths) else 0, now))
+        return facts
+
+    def incompatible(self, worker: Worker) -> dict[str, str]:
+        """Name the workers of the other pool that `worker` cannot exchange KV with, and why."""
+        other_role = {"prefill": "decode", "decode": "prefill"}.get(worker.role)
+        others = [w for w in self if w.is_up and w.role == other_role] if worker.is_up else []
+        sentences = {w.name: why_incompatible(worker.kv_terms, w.kv_terms) for w in others}
+        return {name: why for name, why in sentences.items() if why is not None}

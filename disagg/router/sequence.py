@@ -8,9 +8,6 @@ client has, and the sampler draws by position: the text goes on where it was.
 
 from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from disagg.config import LeaseConfig
 from disagg.errors import WorkerError
 from disagg.frontend import DecisionOverride
@@ -30,7 +27,9 @@ from disagg.protocol import (
     SequenceTokens,
 )
 from disagg.router.attempt import Attempt, Stage, make_generate, make_prefill, make_reserve
+from disagg.router.hashes import PromptHashes
 from disagg.router.ledger import SequenceRecord
+from disagg.router.pairing import page_salt
 from disagg.router.policy import Held, Job, Placement
 from disagg.router.registry import Worker
 from disagg.telemetry import RouterMetrics
@@ -115,7 +114,7 @@ class Sequence:
         *,
         transfer_id: str,
         prompt: list[int],
-        hashes: NDArray[np.uint64],
+        hashes: PromptHashes,
         sampling: SamplingParams,
         cache_salt: str,
         override: DecisionOverride | None,
@@ -130,6 +129,8 @@ class Sequence:
         self.cache_salt = cache_salt
         self.override = override
         self.output: list[int] = []
+        self.model_hash: str | None = None
+        """Of the workers of the newest attempt."""
         self.attempt: Attempt | None = None
         self.arrived_at = now
         self.last_at = now
@@ -161,6 +162,7 @@ class Sequence:
             max_new_tokens=self.sampling.max_tokens - len(self.output),
             excluded_pairs=self.excluded_pairs,
             excluded_workers=self.excluded_workers,
+            model_hash=self.model_hash if self.output else None,
         )
 
     def held(self) -> Held | None:
@@ -176,6 +178,8 @@ class Sequence:
         """Start an attempt where it was placed."""
         self._keep_attempt()
         self._generation += 1
+        assert decode.welcome is not None
+        self.model_hash = decode.welcome.model_hash
         token_ids = self.prompt + self.output if self.output else self.prompt
         attempt = Attempt(
             self._generation, placement, decode, prefill, token_ids, base=len(self.output), now=now
@@ -231,7 +235,11 @@ class Sequence:
         make = make_generate if attempt.is_local else make_reserve
         attempt.deadline_at = now + ANSWER_TIMEOUT_S
         ttl_s = self._owner.lease.lease_ttl_s
-        decode.tell(make(attempt, self.transfer_id, len(self.prompt), self.sampling, self.cache_salt, ttl_s))
+        decode.tell(make(attempt, self.transfer_id, len(self.prompt), self.sampling, self._salt(), ttl_s))
+
+    def _salt(self) -> str:
+        """The salt of this attempt's pages."""
+        return page_salt(self.model_hash or "", self.cache_salt)
 
     # --- what workers say --------------------------------------------------------------------
 
@@ -257,7 +265,7 @@ class Sequence:
                 message,
                 len(self.prompt),
                 self.sampling,
-                self.cache_salt,
+                self._salt(),
                 ttl_s=lease.lease_ttl_s,
                 deadline_s=deadline_s,
             )

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from disagg.errors import DisaggError, PromptTooLong, Unauthorized, WorkerError
 from disagg.frontend import GenerateRequest
 from disagg.router.dispatch import Dispatcher
+from disagg.router.hashes import PromptHashes
 from disagg.router.ledger import Ledger, RequestRecord, SequenceRecord
 from disagg.router.sequence import Sequence
 from disagg.router.ticket import RequestTicket
@@ -67,7 +68,11 @@ class RouterService:
     def workers(self) -> list[dict[str, Any]]:
         """Every worker that was ever seen, by id."""
         seen = [worker for worker in self._dispatcher.registry if worker.welcome is not None]
-        return [worker.describe() for worker in sorted(seen, key=lambda worker: worker.name)]
+        incompatible = self._dispatcher.registry.incompatible
+        return [
+            worker.describe() | {"incompatible": incompatible(worker)}
+            for worker in sorted(seen, key=lambda worker: worker.name)
+        ]
 
     def records(self, limit: int) -> list[dict[str, Any]]:
         """Newest first."""
@@ -141,7 +146,7 @@ class RouterService:
 
     def _sequences(self, request: GenerateRequest, ticket: RequestTicket) -> list[Sequence]:
         now = self._dispatcher.now()
-        hashes = [self._dispatcher.hashes(prompt, request.cache_salt) for prompt in request.prompts]
+        hashes = [PromptHashes(prompt, request.cache_salt) for prompt in request.prompts]
         choices = [
             request.sampling,
             *(replace(request.sampling, choice_index=c) for c in range(1, request.n)),

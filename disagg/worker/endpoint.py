@@ -15,7 +15,17 @@ import msgspec
 import zmq
 
 from disagg.errors import ConfigError
-from disagg.protocol import PROTOCOL_VERSION, FromPeer, FromWorker, Goodbye, Hello, ToWorker, decoder, encode
+from disagg.protocol import (
+    PROTOCOL_VERSION,
+    FromPeer,
+    FromWorker,
+    Goodbye,
+    Hello,
+    ToWorker,
+    Welcome,
+    decoder,
+    encode,
+)
 from disagg.security import KeyRing, secure_server
 from disagg.telemetry import fields
 
@@ -34,6 +44,9 @@ class ControlEvents(Protocol):
 
     def on_hello(self, router_id: str, hello: Hello) -> None:
         """A router has connected, or connected again."""
+
+    def welcome(self) -> Welcome:
+        """Say who this worker is, for a router that is refused: it shows whom it cannot use."""
 
     def on_router(self, router_id: str, message: ToWorker) -> None:
         """A message of a router that has said Hello."""
@@ -206,6 +219,7 @@ class ControlEndpoint:
         if hello.protocol_version != PROTOCOL_VERSION:
             reason = f"protocol version {PROTOCOL_VERSION} here, {hello.protocol_version} there"
             log.error("router refused %s", fields(router_id=hello.router_id, reason=reason))
+            self._send_frames(identity, encode(self._events.welcome()))
             self._send_frames(identity, encode(Goodbye(reason)))
             return
         self.forget(hello.router_id)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from disagg.checkpoint import model_hash, tokenizer_hash
 from disagg.config import WorkerConfig
 from disagg.engine import Limits
 from disagg.engine.build import Rank, load_rank, make_engine
@@ -29,6 +30,8 @@ class Loaded(Struct, frozen=True, kw_only=True):
     limits: Limits
     eos_token_ids: list[int]
     dtype: str
+    model_hash: str
+    tokenizer_hash: str
     transfers: TransferThread
 
 
@@ -82,6 +85,7 @@ def _assemble(
     ranks: RankGroup,
     counts: WorkerCounts,
 ) -> Loaded:
+    model = config.model
     engine = make_engine(rank, config.engine, send=ranks.send if ranks.size > 1 else None)
     ports: list[RankPort] = [LocalPort(thread, device_sync(rank.device)), *ranks.ranks]
     service = WorkerService(
@@ -96,6 +100,10 @@ def _assemble(
         limits=engine.limits,
         eos_token_ids=list(rank.spec.eos_token_ids),
         dtype=rank.dtype,
+        model_hash=model_hash(
+            rank.files.path, dummy_seed=model.seed if model.load_format == "dummy" else None
+        ),
+        tokenizer_hash=tokenizer_hash(rank.files.path),
         transfers=thread,
     )
 

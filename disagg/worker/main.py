@@ -228,7 +228,8 @@ class _Worker:
             }
         )
 
-    def _welcome(self) -> Welcome:
+    def welcome(self) -> Welcome:
+        """Say who this worker is."""
         loaded = self._loaded
         assert loaded is not None, "nobody is heard before"
         return Welcome(
@@ -250,13 +251,15 @@ class _Worker:
             eos_token_ids=loaded.eos_token_ids,
             dtype=loaded.dtype,
             transport=TRANSPORT,
+            model_hash=loaded.model_hash,
+            tokenizer_hash=loaded.tokenizer_hash,
         )
 
     # --- what the sockets tell --------------------------------------------------------------------
 
     def on_hello(self, router_id: str, hello: Hello) -> None:
         """Welcome a router."""
-        self._endpoint.send(router_id, self._welcome())
+        self._endpoint.send(router_id, self.welcome())
         self._engine.post(lambda service: service.on_hello(router_id, hello))
 
     def on_router(self, router_id: str, message: ToWorker) -> None:

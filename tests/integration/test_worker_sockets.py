@@ -25,6 +25,7 @@ from disagg.protocol import (
 )
 from disagg.worker.endpoint import ControlEndpoint
 from disagg.worker.links import PeerLinks
+from support.router import WELCOME
 from support.sockets import HELLO, Recorder, until
 
 LOAD = Load("ready", 0, 0, 0, 0, 10, 10, 0, 0, 0.0, 0.0)
@@ -112,6 +113,7 @@ def test_whatever_is_not_the_protocol_is_counted(tmp_path: Path) -> None:
 def test_another_version_is_told_why(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         with bench.dealer(hello(version=99)) as socket:
+            assert await bench.receive(socket) == WELCOME, "for the router's list of workers"
             answer = await bench.receive(socket)
             assert isinstance(answer, Goodbye)
             assert "99" in answer.reason

@@ -99,6 +99,9 @@ class FakeWorkerOptions(Struct, kw_only=True):
     max_num_batched_tokens: int = 8192
     max_model_len: int = 8192
     model_name: str = "fake"
+    model_hash: str = ""
+    tokenizer_hash: str = ""
+    protocol_version: int = PROTOCOL_VERSION
     first_token_id: int = FIRST_TOKEN_ID
     num_token_ids: int = NUM_TOKEN_IDS
     step_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -481,7 +484,7 @@ class FakeEngine:
         self._send(
             router,
             Welcome(
-                protocol_version=PROTOCOL_VERSION,
+                protocol_version=options.protocol_version,
                 worker_id=options.worker_id or f"{options.role}-0",
                 uuid=self.uuid,
                 role=options.role,
@@ -499,6 +502,8 @@ class FakeEngine:
                 eos_token_ids=[0],
                 dtype="bfloat16",
                 transport="fake",
+                model_hash=options.model_hash,
+                tokenizer_hash=options.tokenizer_hash,
             ),
         )
         self._tell_snapshot(router)

@@ -260,7 +260,13 @@ class Actor:
 class Harness:
     """A router below its frontend, with nothing real around it but the prefix index."""
 
-    def __init__(self, *, routing: RoutingConfig | None = None, lease: LeaseConfig | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        routing: RoutingConfig | None = None,
+        lease: LeaseConfig | None = None,
+        tokenizer_hash: str | None = None,
+    ) -> None:
         self.clock = FakeClock()
         self.connector = FakeConnector(self.clock)
         self.actors: dict[str, Actor] = {}
@@ -275,6 +281,7 @@ class Harness:
             routing=routing or RoutingConfig(),
             lease=lease or LeaseConfig(),
             clock=self.clock,
+            tokenizer_hash=tokenizer_hash,
             prove=self._prove,
         )
         self.service = RouterService(self.dispatcher, Ledger(100), unix_time=lambda: 1.0)

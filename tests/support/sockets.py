@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from disagg.protocol import PROTOCOL_VERSION, FromPeer, Hello, KvLayout, PeerHello, ToWorker
+from disagg.protocol import PROTOCOL_VERSION, FromPeer, Hello, KvLayout, PeerHello, ToWorker, Welcome
+from support.router import WELCOME
 
 HELLO = PeerHello(PROTOCOL_VERSION, "p0", "p-uuid", KvLayout(16, 6, 3, 16, "float32", 1), [], "h", [])
 LIMIT_S = 10.0
@@ -22,6 +23,9 @@ class Recorder:
 
     def on_hello(self, router_id: str, hello: Hello) -> None:
         self.hellos.append(router_id)
+
+    def welcome(self) -> Welcome:
+        return WELCOME
 
     def on_router(self, router_id: str, message: ToWorker) -> None:
         self.from_routers.append((router_id, message))

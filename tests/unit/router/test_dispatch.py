@@ -20,7 +20,8 @@ from disagg.protocol import (
     SummaryDigest,
     SummarySnapshot,
 )
-from support.router import LOAD, WELCOME, Harness
+from disagg.router.hashes import PromptHashes
+from support.router import LOAD, Harness
 
 MakeRouter = Callable[..., Harness]
 
@@ -68,6 +69,8 @@ def test_workers_are_shown_with_their_pages(router: Harness) -> None:
         "pages": {"total": 1000, "free": 900, "cached": 60, "in_use": 40},
         "uuid": "decode-0.0",
         "address": "decode-0",
+        "refused": None,
+        "incompatible": {},
     }
 
 
@@ -104,13 +107,6 @@ def test_a_draining_worker_keeps_what_it_has_and_gets_nothing_new(router: Harnes
         router.submit()
     decode.tokens(message, 0, 10, 11, finish="length")
     assert client.tokens == [10, 11]
-
-
-def test_a_worker_of_another_protocol_is_not_used(router: Harness) -> None:
-    decode = router.add_absent("decode")
-    decode.welcome = replace(WELCOME, protocol_version=99, uuid="x", worker_id="decode-0")
-    decode.join()
-    assert router.service.workers() == []
 
 
 def test_leases_are_renewed_every_third_of_their_life(router: Harness) -> None:
@@ -167,7 +163,7 @@ def test_a_worker_whose_summary_lies_is_asked_for_it_again(router: Harness) -> N
     """And its promises do not count for a while: else it would draw every prompt of that prefix."""
     decode = router.add("decode", max_num_seqs=100)
     prompt = list(range(1, 2001))
-    hashes = router.dispatcher.hashes(prompt, "")
+    hashes = PromptHashes(prompt, "").of(16, "")
     decode.say(SummaryDelta(1, 1, hashes.tobytes(), b""))
     client = router.submit(prompt, max_tokens=1)
     assert client.record()["predicted"]["decode_cached_tokens"] == 1984
@@ -183,7 +179,7 @@ def test_a_worker_whose_summary_lies_is_asked_for_it_again(router: Harness) -> N
 def test_the_worker_with_the_longest_prefix_is_picked(router: Harness) -> None:
     first, second = router.add("decode"), router.add("decode")
     prompt = list(range(1, 101))
-    hashes = router.dispatcher.hashes(prompt, "")
+    hashes = PromptHashes(prompt, "").of(16, "")
     second.say(SummaryDelta(1, 1, hashes.tobytes(), b""))
     router.submit(prompt)
     second.take(Generate)

@@ -178,6 +178,20 @@ def test_a_member_that_is_gone_and_dead_is_let_go_of_at_once(release: Release, r
     assert client.tokens == [10, 11]
 
 
+def test_a_dead_member_is_not_kept_for_a_fence_that_it_cannot_tell(release: Release, router: Harness) -> None:
+    release.tell(prefill_0="ready", decode_0="ready")
+    router.unproven.add("prefill-0")
+    prefill, decode = release.join("prefill-0"), release.join("decode-0")
+    client = router.submit()
+    decode.reserve()
+    prefill.take(Prefill)
+    client.leave()
+    prefill.die()
+    release.tell(decode_0="ready")
+    router.advance(0.1)
+    assert release.addresses() == ["decode-0"]
+
+
 def test_a_dead_member_that_is_still_listed_is_tried_again(release: Release, router: Harness) -> None:
     """A container that restarts keeps its pod and its address."""
     release.tell(decode_0="ready")
