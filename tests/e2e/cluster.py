@@ -108,9 +108,9 @@ def installed(name: str, **values: Any) -> Iterator[Release]:
         release.apply(**values)
         yield release
     finally:
-        run(
-            "helm", "--namespace", NAMESPACE, "uninstall", name, "--wait", "--ignore-not-found", timeout_s=400
-        )
+        helm("uninstall", name, "--wait", "--ignore-not-found")
+        labels = f"app.kubernetes.io/instance={name}"
+        wait_until(f"pods of {name} gone", lambda: not get("pods", "-l", labels), 180)
 
 
 class Pod:
