@@ -98,6 +98,21 @@ class LeaseConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = 120.0
 
 
+class NodesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A worker whose ranks are spread over several nodes."""
+
+    num_nodes: Annotated[
+        int, Meta(ge=1, description="Nodes that one worker's ranks are spread over, as many on each.")
+    ] = 1
+    node_rank: Annotated[
+        int, Meta(ge=0, description="This node; 0 leads, the others run ranks for it and nothing else.")
+    ] = 0
+    leader_address: Annotated[str | None, Meta(description="Host of node 0, for the other nodes.")] = None
+    node_port: Annotated[
+        int, Meta(ge=1, le=65535, description="Port on node 0 to which the other nodes connect.")
+    ] = 5601
+
+
 TransportKeys = Annotated[
     str | None,
     Meta(
@@ -137,6 +152,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     lease: LeaseConfig = LeaseConfig()
+    nodes: NodesConfig = NodesConfig()
 
 
 class RoutingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

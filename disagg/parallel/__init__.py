@@ -4,5 +4,6 @@ May import torch and `errors`. Read `group.py` first.
 """
 
 from disagg.parallel.group import TensorParallel
+from disagg.parallel.meeting import Meeting, MeetingStore
 
-__all__ = ["TensorParallel"]
+__all__ = ["Meeting", "MeetingStore", "TensorParallel"]

@@ -1,20 +1,17 @@
 """One rank's end of a tensor-parallel group.
 
-A group is made from an explicit address and touches none of torch's global state, so two engines
+A group is made from an explicit store and touches none of torch's global state, so two engines
 in one process do not meet. Only tensors travel, never pickled objects.
 """
 
-import socket
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal, Protocol, cast
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from disagg.errors import ConfigError, WorkerLost
+from disagg.errors import WorkerLost
 
 Backend = Literal["gloo", "nccl"]
 
@@ -52,7 +49,7 @@ class TensorParallel:
     @classmethod
     def join(
         cls,
-        address: str,
+        store: c10d.Store,
         rank: int,
         size: int,
         *,
@@ -60,33 +57,30 @@ class TensorParallel:
         host: str = "127.0.0.1",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> "TensorParallel":
-        """Meet the other ranks at `address`; returns when all `size` are there.
+        """Meet the other ranks; returns when all `size` are there.
 
         Args:
-            address: `file:///PATH`, a file that does not exist yet and that this group alone uses, or
-                `tcp://HOST:PORT`, where rank 0 listens (on that interface only) until the group is closed.
+            store: Where this group alone leaves its addresses, such as a `MeetingStore`.
             rank: This process's, from 0.
-            size: Ranks in all; 1 communicates with nobody and ignores the address.
+            size: Ranks in all; 1 communicates with nobody and ignores the store.
             backend: `gloo` for tensors in memory, `nccl` for tensors on GPUs.
             host: Interface on which gloo listens for the other ranks.
             timeout_s: Longest wait for the ranks to meet, and for any later collective.
 
         Raises:
-            ConfigError: the address has another form.
             WorkerLost: the others did not come in time.
         """
         if size == 1:
             return cls.single()
         timeout = timedelta(seconds=timeout_s)
         try:
-            store = _open_store(address, rank, size, timeout)
             group = _make_group(backend, store, rank, size, host, timeout)
             parallel = cls(rank, size, group, store)
             if backend == "gloo":
                 # Connections are made by the first collective: better now than in the first step.
                 parallel.all_reduce(torch.zeros(1))
-        except (RuntimeError, OSError) as e:
-            raise WorkerLost(f"rank {rank} of {size} could not meet the others at {address}: {e}") from e
+        except (RuntimeError, OSError, WorkerLost) as e:
+            raise WorkerLost(f"rank {rank} of {size} could not meet the others: {e}") from e
         return parallel
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -125,29 +119,6 @@ class TensorParallel:
             work.wait()
         except RuntimeError as e:
             raise WorkerLost(f"a tensor-parallel rank was lost: rank {self.rank} saw {e}") from e
-
-
-def _open_store(address: str, rank: int, size: int, timeout: timedelta) -> c10d.Store:
-    parts = urlsplit(address)
-    if parts.scheme == "file" and parts.path:
-        store: c10d.Store = c10d.FileStore(str(Path(parts.path)), size)
-        store.set_timeout(timeout)
-        return store
-    if parts.scheme != "tcp" or not parts.hostname or not parts.port:
-        raise ConfigError(f"tensor-parallel address {address!r} is not file:///PATH or tcp://HOST:PORT")
-    if rank != 0:
-        return c10d.TCPStore(parts.hostname, parts.port, size, is_master=False, timeout=timeout)
-    # The store would listen on every interface; handed a socket, it uses that one.
-    listener = socket.create_server((parts.hostname, parts.port), reuse_port=False)
-    return c10d.TCPStore(
-        parts.hostname,
-        parts.port,
-        size,
-        is_master=True,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def _make_group(

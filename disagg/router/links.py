@@ -20,7 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from disagg.errors import ConfigError
 from disagg.protocol import FromWorker, ToWorker, decoder, encode
-from disagg.security import HANDSHAKE_FAILED, KeyRing, choice_for, secure_client
+from disagg.security import HANDSHAKE_FAILED, KeyRing, choice_for, is_loopback, secure_client
 from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,11 @@ def check_address(address: str, keys: KeyRing | None = None) -> str:
     scheme, separator, rest = address.partition("://")
     if scheme == "ipc" and rest:
         return address
-    _, colon, port = rest.rpartition(":")
+    host, colon, port = rest.rpartition(":")
     if not separator or scheme != "tcp" or not colon or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"workers must be tcp://HOST:PORT or ipc://PATH, got {address!r}")
-    choice_for(keys, address)
+    if keys is None and not is_loopback(host):
+        raise ConfigError(f"workers must be loopback addresses without transport_keys, got {address!r}")
     return address
 
 
@@ -266,5 +267,5 @@ class ZmqLink:
         self._num_refusals += 1
         if self._num_refusals == REFUSALS_TO_TELL:
             reason = "with every transport key" if self._keys else "without a transport key"
-            log.error("worker refused the handshake %s", fields(address=self._address, tried=reason))
+            log.error("no handshake with the worker %s", fields(address=self._address, tried=reason))
         self._connect(after_s=REFUSED_RETRY_S)

@@ -31,6 +31,10 @@ HANDSHAKE_FAILED = (
 never connects this one again."""
 HANDSHAKE_MS = 5_000
 """A try without an answer ends after this long, as a failure."""
+HEARTBEAT_MS = 5_000
+SILENT_MS = 15_000
+"""A machine that vanished ends no connection: without an answer for so long, the link is broken. ZeroMQ's own
+thread answers, also while a step takes long."""
 LOG_REFUSALS_EVERY_S = 10.0
 DOMAIN = "disagg"
 
@@ -39,6 +43,7 @@ def secure_server(socket: "zmq.Socket[bytes]", ring: KeyRing | None, address: st
     """Let in only clients with a key of the ring, if `address` is tcp. Before the bind."""
     if ring is None or host_of(address) is None:
         return
+    _watch(socket)
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, ring.own.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, ring.own.secret)
@@ -64,10 +69,16 @@ def secure_client(socket: "zmq.Socket[bytes]", keys: KeyChoice | None) -> None:
     """Give the socket the key to try next. Before the connect."""
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     if keys is not None:
+        _watch(socket)
         pair = keys.take()
         socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
         socket.setsockopt(zmq.CURVE_SERVERKEY, pair.public)
+
+
+def _watch(socket: "zmq.Socket[bytes]") -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
 
 
 @contextmanager

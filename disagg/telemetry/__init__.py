@@ -7,5 +7,6 @@ in `worker/metrics.py`, where the engine thread counts without a lock.
 
 from disagg.telemetry.logs import fields, set_up_logging
 from disagg.telemetry.metrics import RouterMetrics, render
+from disagg.telemetry.stages import Stages
 
-__all__ = ["RouterMetrics", "fields", "render", "set_up_logging"]
+__all__ = ["RouterMetrics", "Stages", "fields", "render", "set_up_logging"]

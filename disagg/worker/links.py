@@ -161,9 +161,9 @@ class _Link:
         elif event == zmq.Event.DISCONNECTED:
             self._lose("its connection broke")
         elif self._keys is None:
-            self._lose("its handshake failed: the process there wants a transport key, or is none of ours")
+            self._lose("its handshake failed, tried without a transport key")
         elif self._keys.on_refused():
-            self._lose("its handshake failed with every transport key")
+            self._lose("its handshake failed, tried with every transport key")
         else:
             self.close()
             self._connect()

@@ -9,8 +9,9 @@ from disagg.checkpoint import model_hash, tokenizer_hash
 from disagg.config import WorkerConfig
 from disagg.engine import Limits
 from disagg.engine.build import Rank, load_rank, make_engine
-from disagg.parallel import TensorParallel
+from disagg.parallel import MeetingStore, TensorParallel
 from disagg.protocol import PROTOCOL_VERSION, PeerHello
+from disagg.telemetry import Stages
 from disagg.transfer import Event, TransferThread, host_id, process_start_time
 from disagg.worker.kv_thread import TRANSPORT, device_sync, make_transfer_thread
 from disagg.worker.metrics import WorkerCounts
@@ -42,6 +43,7 @@ def load_worker(
     uuid: str,
     ranks: RankGroup,
     counts: WorkerCounts,
+    stages: Stages,
     progress: Progress,
     on_transfer: Callable[[Event], None],
     on_crash: Callable[[Exception], None],
@@ -54,6 +56,7 @@ def load_worker(
         uuid: This process's.
         ranks: The others, started.
         counts: Where the service counts.
+        stages: Where the time is noted.
         progress: Told (bytes placed, bytes in all).
         on_transfer: Takes events of this rank's transfer thread, in that thread.
         on_crash: Told when that thread dies.
@@ -62,16 +65,23 @@ def load_worker(
         ConfigError: the configuration cannot work, here or on another rank.
         WorkerLost: another rank ended.
     """
-    group = TensorParallel.join(ranks.address, 0, ranks.size)
+    ranks.begin()
+    store = MeetingStore(ranks.meeting.put, ranks.meeting.get)
+    group = TensorParallel.join(store, 0, ranks.size, host=ranks.host)
+    stages.end("ranks")
     rank = load_rank(config.model, config.engine, tp=group, progress=progress)
+    stages.end("weights")
     thread = make_transfer_thread(rank, uuid, 0, on_event=on_transfer, on_crash=on_crash)
     own_endpoint = thread.start()
     try:
         endpoints = [own_endpoint, *ranks.wait_ready()]
-        ranks.forget_address()
-        pids = [(pid, process_start_time(pid) or 0) for pid in (os.getpid(), *ranks.pids)]
-        hello = PeerHello(PROTOCOL_VERSION, worker_id, uuid, rank.layout, endpoints, host_id(), pids)
-        return _assemble(config, hello, rank, thread, ranks, counts)
+        # Those of other hosts prove nothing here: then there are none.
+        pids = [os.getpid(), *ranks.pids] if ranks.on_one_host else []
+        started = [(pid, process_start_time(pid) or 0) for pid in pids]
+        hello = PeerHello(PROTOCOL_VERSION, worker_id, uuid, rank.layout, endpoints, host_id(), started)
+        loaded = _assemble(config, hello, rank, thread, ranks, counts)
+        stages.end("transfer")
+        return loaded
     except Exception:
         thread.stop()
         raise

@@ -36,7 +36,7 @@ from disagg.protocol import (
     WorkerState,
 )
 from disagg.security import KeyRing, admission
-from disagg.telemetry import fields, set_up_logging
+from disagg.telemetry import Stages, fields, set_up_logging
 from disagg.transfer import Event, prepare_environment
 from disagg.worker.addresses import advertised_address, check_addresses, http_url, is_local
 from disagg.worker.endpoint import ControlEndpoint
@@ -46,6 +46,8 @@ from disagg.worker.kv_thread import TRANSPORT
 from disagg.worker.links import PeerLinks
 from disagg.worker.load import Loaded, load_worker, whole_percents
 from disagg.worker.metrics import MetricLabels, WorkerCounts, WorkerMetrics
+from disagg.worker.node import run_node
+from disagg.worker.nodes import NodeLinks, bind_nodes, ranks_of
 from disagg.worker.outbox import (
     Batch,
     CloseLink,
@@ -57,7 +59,7 @@ from disagg.worker.outbox import (
     ToRouter,
     ToRouters,
 )
-from disagg.worker.ranks import RankGroup
+from disagg.worker.ranks import LOOPBACK, RankGroup
 from disagg.worker.service import WorkerService
 
 log = logging.getLogger(__name__)
@@ -83,23 +85,29 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
     Raises:
         ConfigError: the configuration cannot work.
     """
+    stages = Stages()
+    stages.end("imports")
     set_up_logging(config.worker_id or config.role)
     check_addresses(config)
     keys = KeyRing(Path(config.transport_keys)) if config.transport_keys else None
+    if config.nodes.node_rank > 0:
+        return run_node(config, keys, ready=ready)
     size = config.engine.tensor_parallel_size
     if size > 1:
         # Before any rank is started, for one that cannot work would leave the others waiting.
+        ranks_of(0, config.nodes.num_nodes, size)
         check_tensor_parallel(load_spec(resolve(config.model.model).path), size)
     prepare_environment(loopback_only=is_local(config))
-    return asyncio.run(_Worker(config, keys, ready).run())
+    return asyncio.run(_Worker(config, keys, stages, ready).run())
 
 
 class _Worker:
     """The loop's side of a worker: everything with a descriptor."""
 
-    def __init__(self, config: WorkerConfig, keys: KeyRing | None, ready: Ready) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyRing | None, stages: Stages, ready: Ready) -> None:
         self._config = config
         self._keys = keys
+        self._stages = stages
         self._ready = ready
         self._uuid = uuid.uuid4().hex
         self._worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}"
@@ -134,11 +142,27 @@ class _Worker:
             self._links = PeerLinks(context, self._uuid, self, self._keys)
             stack.callback(self._links.close_all)
             self._ranks = RankGroup(
-                self._config, self._uuid, on_event=self._on_transfer, on_lost=self._on_crash
+                self._config,
+                self._uuid,
+                on_event=self._on_transfer,
+                on_lost=self._on_crash,
+                nodes=self._node_links(context),
             )
             stack.callback(self._ranks.kill)
             await self._serve(listener)
         return 0
+
+    def _node_links(self, context: "zmq.Context[zmq.Socket[bytes]]") -> NodeLinks | None:
+        nodes = self._config.nodes
+        if nodes.num_nodes == 1:
+            return None
+        address = f"tcp://{self._config.advertise_host or LOOPBACK}:{nodes.node_port}"
+        return NodeLinks(
+            bind_nodes(context, self._keys, address),
+            self._config,
+            state=lambda: self.state,
+            on_drain=self._on_node_drain,
+        )
 
     async def _serve(self, listener: socket.socket) -> None:
         self._engine = EngineThread(
@@ -204,6 +228,7 @@ class _Worker:
             uuid=self._uuid,
             ranks=self._ranks,
             counts=self._counts,
+            stages=self._stages,
             progress=whole_percents(
                 lambda done, total: self._ready({"event": "progress", "done": done, "total": total})
             ),
@@ -216,7 +241,13 @@ class _Worker:
         """Let routers and peers in, and say so."""
         self._endpoint.start(self)
         log.info(
-            "worker ready %s", fields(control=self._endpoint.address, http=self._http_url, pid=os.getpid())
+            "worker ready %s",
+            fields(
+                control=self._endpoint.address,
+                http=self._http_url,
+                pid=os.getpid(),
+                **self._stages.fields(),
+            ),
         )
         self._ready(
             {
@@ -303,6 +334,10 @@ class _Worker:
     def _on_crash(self, error: Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed: this process ends for an earlier reason
             self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _on_node_drain(self) -> None:
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stopping.set)
 
     def _perform(self, batch: Batch) -> None:
         for effect in batch:

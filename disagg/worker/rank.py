@@ -13,8 +13,8 @@ import msgspec
 
 from disagg.engine import StepPlan
 from disagg.engine.build import Rank, load_rank
-from disagg.errors import DisaggError
-from disagg.parallel import TensorParallel
+from disagg.errors import DisaggError, WorkerLost
+from disagg.parallel import MeetingStore, TensorParallel
 from disagg.supervisor import die_with_parent
 from disagg.transfer import TransferThread, prepare_environment
 from disagg.worker.addresses import is_local
@@ -22,6 +22,9 @@ from disagg.worker.kv_thread import device_sync, make_transfer_thread
 from disagg.worker.rank_link import (
     TO_RANK,
     Channel,
+    MeetingAnswer,
+    MeetingAsk,
+    MeetingPut,
     RankFailed,
     RankReady,
     RankStart,
@@ -56,7 +59,9 @@ def main(arguments: list[str]) -> int:
 def _run(start: RankStart, channel: Channel) -> None:
     config = start.config
     prepare_environment(loopback_only=is_local(config))
-    group = TensorParallel.join(start.group_address, start.rank, config.engine.tensor_parallel_size)
+    group = TensorParallel.join(
+        _meeting(channel), start.rank, config.engine.tensor_parallel_size, host=start.host
+    )
     rank = load_rank(config.model, config.engine, tp=group)
     transfers = make_transfer_thread(
         rank,
@@ -74,6 +79,24 @@ def _run(start: RankStart, channel: Channel) -> None:
         group.close()
 
 
+def _meeting(channel: Channel) -> MeetingStore:
+    """Reach rank 0's table over the link. It is used before anything else comes over it."""
+
+    def put(key: str, value: bytes) -> None:
+        channel.send(msgspec.msgpack.encode(MeetingPut(key, value)))
+
+    def get(key: str) -> bytes:
+        channel.send(msgspec.msgpack.encode(MeetingAsk(key)))
+        payload = channel.receive()
+        if payload is None:
+            raise WorkerLost("rank 0 is gone")
+        message = TO_RANK.decode(payload)
+        assert isinstance(message, MeetingAnswer), "rank 0 answers before it sends anything else"
+        return message.value
+
+    return MeetingStore(put, get)
+
+
 def _follow(rank: Rank, thread: TransferThread, channel: Channel) -> None:
     port = LocalPort(thread, device_sync(rank.device))
     while (payload := channel.receive()) is not None:
@@ -83,8 +106,8 @@ def _follow(rank: Rank, thread: TransferThread, channel: Channel) -> None:
                 rank.runner.run(message)
             case Submit():
                 port.submit(from_submit(message))
-            case RankStart():
-                raise AssertionError("a rank is started once")
+            case RankStart() | MeetingAnswer():
+                raise AssertionError("a rank is started once, and has met the others")
             case _:
                 assert_never(message)
 

@@ -2,11 +2,13 @@
 
 In order, both ways:
 
-    rank 0 → rank   RankStart, then StepPlan and Submit as they come; closed to end it
-    rank → rank 0   Progress…, RankReady | RankFailed, then Happened as it comes; closed when it dies
+    rank 0 → rank   RankStart, MeetingAnswer…, then StepPlan and Submit as they come; closed to end it
+    rank → rank 0   MeetingPut and MeetingAsk…, RankReady | RankFailed, then Happened as it comes;
+                    closed when it dies
 
 Steps and transfer commands share the one stream: a page is pushed only after the step that
-computed it has run on the rank that pushes. The pair has no name, so nobody else can connect.
+computed it has run on the rank that pushes. The pair has no name, so nobody else can connect; to a
+rank on another node `nodes.py` extends it.
 """
 
 import socket
@@ -67,7 +69,27 @@ class RankStart(Struct, frozen=True, array_like=True, tag="start"):
     config: WorkerConfig
     uuid: str
     rank: int
-    group_address: str
+    host: str
+    """Interface on which this rank listens for the others."""
+
+
+class MeetingPut(Struct, frozen=True, array_like=True, tag="put"):
+    """Leave something at the meeting of the tensor-parallel group."""
+
+    key: str
+    value: bytes
+
+
+class MeetingAsk(Struct, frozen=True, array_like=True, tag="ask"):
+    """Wait for what is left under a key; answered by MeetingAnswer, or the link closes."""
+
+    key: str
+
+
+class MeetingAnswer(Struct, frozen=True, array_like=True, tag="answer"):
+    """What was left under the key that was asked for."""
+
+    value: bytes
 
 
 class Submit(Struct, frozen=True, array_like=True, tag="submit"):
@@ -75,13 +97,6 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit"):
 
     kind: int
     command: Raw
-
-
-class Progress(Struct, frozen=True, array_like=True, tag="progress"):
-    """Bytes of this rank's weights placed so far."""
-
-    done: int
-    total: int
 
 
 class RankReady(Struct, frozen=True, array_like=True, tag="ready"):
@@ -104,8 +119,8 @@ class Happened(Struct, frozen=True, array_like=True, tag="happened"):
     event: Raw
 
 
-ToRank = RankStart | StepPlan | Submit
-FromRank = Progress | RankReady | RankFailed | Happened
+ToRank = RankStart | MeetingAnswer | StepPlan | Submit
+FromRank = MeetingPut | MeetingAsk | RankReady | RankFailed | Happened
 
 TO_RANK = msgspec.msgpack.Decoder(ToRank)
 FROM_RANK = msgspec.msgpack.Decoder(FromRank)

@@ -1,9 +1,12 @@
 """Transport keys on real sockets in this process: who is let in, and how clients find the key that works."""
 
 import asyncio
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import ExitStack, asynccontextmanager, suppress
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -274,7 +277,7 @@ def test_a_refused_router_says_so_once_and_gets_in_when_its_keys_are_right(
             await until(lambda: len(rounds) >= 5)
             said = [message for message in caplog.messages if bench.address in message]
             assert len(said) == 1
-            assert "worker refused the handshake" in said[0]
+            assert "no handshake with the worker" in said[0]
             folder.write(current="a")
             bench.clock.advance(5.0)
             await until(lambda: router.ups == 1)
@@ -338,6 +341,57 @@ def test_what_is_sent_before_the_connection_stands_arrives_in_order(tmp_path: Pa
         links.close_all()
 
     run(tmp_path, test)
+
+
+VANISHING_SERVER = """
+import sys, zmq
+from pathlib import Path
+from disagg.security import KeyRing, admission, secure_server
+ring, context = KeyRing(Path(sys.argv[1])), zmq.Context()
+with admission(context, ring):
+    server = context.socket(zmq.ROUTER)
+    secure_server(server, ring, "tcp://127.0.0.1:0")
+    server.bind("tcp://127.0.0.1:0")
+    print(server.getsockopt_string(zmq.LAST_ENDPOINT), flush=True)
+    while True:
+        server.recv_multipart()
+        print("heard", flush=True)
+"""
+
+
+def test_a_machine_that_vanishes_breaks_its_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sends no FIN: a link with nothing to send would be taken for open for ever."""
+    monkeypatch.setattr("disagg.security.curve.HEARTBEAT_MS", 50)
+    monkeypatch.setattr("disagg.security.curve.SILENT_MS", 1000)
+
+    async def test(bench: Bench) -> None:
+        ours = Recorder()
+        links = PeerLinks(bench.context, "p-uuid", ours, bench.keys("peer", current="a"))
+        with vanishing_server(bench.server_keys.path) as (server, read_line):
+            address = await asyncio.to_thread(read_line)
+            links.open("d-uuid", address, HELLO)
+            assert await asyncio.to_thread(read_line) == "heard"
+            assert ours.lost == []
+            server.send_signal(signal.SIGSTOP)
+            await until(lambda: ours.lost == ["d-uuid"])
+            links.close_all()
+
+    run(tmp_path, test)
+
+
+@contextmanager
+def vanishing_server(keys: Path) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
+    """A server in a process of its own that can be stopped, and what reads a line of what it prints."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", VANISHING_SERVER, str(keys)], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    try:
+        yield server, lambda: server.stdout.readline().strip() if server.stdout else ""
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
 
 
 def test_ipc_stays_in_the_clear(tmp_path: Path) -> None:

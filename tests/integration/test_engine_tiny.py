@@ -18,7 +18,7 @@ from disagg.errors import ConfigError
 from disagg.kv import PageLayout
 from disagg.llm import LLM
 from disagg.models import load_spec
-from disagg.parallel import TensorParallel
+from disagg.parallel import Meeting, MeetingStore, TensorParallel
 from disagg.protocol import SamplingParams, decoder
 from support.checkpoints import END, make_checkpoint
 
@@ -217,15 +217,14 @@ def configs(folder: Path, **options: Any) -> tuple[ModelConfig, EngineConfig]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_that_follow_make_the_same_text(
-    folder: Path, tmp_path: Path, expected: list[Tokens], size: int
-) -> None:
+def test_ranks_that_follow_make_the_same_text(folder: Path, expected: list[Tokens], size: int) -> None:
     """Plans as bytes, each rank with its heads; ranks are threads here."""
     model, config = configs(folder, tensor_parallel_size=size, max_num_batched_tokens=40)
+    meeting = Meeting()
     links: list[queue.SimpleQueue[bytes | None]] = [queue.SimpleQueue() for _ in range(size - 1)]
 
     def join(rank: int) -> tuple[Rank, TensorParallel]:
-        tp = TensorParallel.join(f"file://{tmp_path / 'store'}", rank, size)
+        tp = TensorParallel.join(MeetingStore(meeting.put, meeting.get), rank, size)
         return load_rank(model, config, tp=tp), tp
 
     def follower(rank: int) -> None:

@@ -138,7 +138,7 @@ def test_api_keys_and_certificate_are_renewed_on_a_running_router(
         context = ssl.create_default_context(cafile=trusted(certificate))
         try:
             return httpx.get(
-                f"https://{address}/v1/models",
+                f"https://{address}/disagg/workers",
                 headers={"authorization": f"Bearer {key}"},
                 verify=context,
                 trust_env=False,
@@ -239,7 +239,7 @@ def test_a_rotation_under_load_loses_no_request(tmp_path: Path, checkpoint: Path
             load.wait_for_more()
         assert load.wrong == []
         said = "".join(process.log.read_text() for process in system.processes.values())
-        assert "refused the handshake" not in said
+        assert "handshake" not in said
         assert "Traceback" not in said
 
 
@@ -251,7 +251,7 @@ def test_what_cannot_be_kept_safe_is_refused_at_start() -> None:
         run_worker(WorkerConfig(control="tcp://0.0.0.0:0"), ready=ready)
     with pytest.raises(ConfigError, match="transport_keys '/nowhere' cannot be used"):
         run_worker(WorkerConfig(transport_keys="/nowhere"), ready=ready)
-    with pytest.raises(ConfigError, match="transport_keys are needed"):
+    with pytest.raises(ConfigError, match="workers must be loopback addresses without transport_keys"):
         run_router(RouterConfig(workers=("tcp://10.0.0.1:1",)), ready=ready)
     with pytest.raises(ConfigError, match="transport_keys '/nowhere' cannot be used"):
         run_router(RouterConfig(transport_keys="/nowhere"), ready=ready)

@@ -1,6 +1,5 @@
 """Ranks in processes of their own: together they are the model that one rank is."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -11,11 +10,12 @@ from typing import Protocol
 import pytest
 import torch
 from torch import Tensor
+from torch._C import _distributed_c10d as c10d  # noqa: F401 - for the ranks' processes
 
 from disagg.checkpoint import ModelFiles
 from disagg.errors import WorkerLost
 from disagg.models import load_model, load_spec
-from disagg.parallel import TensorParallel
+from disagg.parallel import Meeting, MeetingStore, TensorParallel
 from support.checkpoints import make_checkpoint
 from support.paged import PagedDriver, PagedSequence
 
@@ -28,7 +28,7 @@ COUNTS = [40, 1, 1, 30, 1]
 class Run(Protocol):
     """Starts `body` in one process a rank, with `rank`, `size`, `out` and the joined `tp` defined."""
 
-    def __call__(self, body: str, size: int, address: str = ...) -> list[subprocess.Popen[bytes]]: ...
+    def __call__(self, body: str, size: int) -> list[subprocess.Popen[bytes]]: ...
 
 
 def tokens() -> list[int]:
@@ -48,16 +48,15 @@ def forward(folder: Path, tp: TensorParallel) -> Tensor:
 def start(tmp_path: Path) -> Iterator[Run]:
     processes: list[subprocess.Popen[bytes]] = []
 
-    def begin(
-        body: str, size: int, address: str = f"file://{tmp_path}/store"
-    ) -> list[subprocess.Popen[bytes]]:
+    def begin(body: str, size: int) -> list[subprocess.Popen[bytes]]:
         for rank in range(size):
             setup = (
                 f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
                 "from pathlib import Path\nimport psutil, torch\ntorch.set_num_threads(1)\n"
                 "from integration.test_tensor_parallel import *\n"
                 f"rank, size, out = {rank}, {size}, Path({str(tmp_path)!r})\n"
-                f"tp = TensorParallel.join({address!r}, rank, size, timeout_s={TIMEOUT_S})\n"
+                f"store = c10d.FileStore({str(tmp_path / 'store')!r}, size)\n"
+                f"tp = TensorParallel.join(store, rank, size, timeout_s={TIMEOUT_S})\n"
             )
             processes.append(
                 subprocess.Popen(
@@ -91,9 +90,7 @@ tp.close()
         assert all(other.shape == (sum(COUNTS), 0) for other in others)
 
 
-def test_collectives_over_tcp_on_one_interface(start: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_collectives_on_one_interface(start: Run) -> None:
     body = """
 mine = torch.arange(6.0).view(2, 3) + 10 * rank
 assert torch.equal(tp.all_reduce(mine.clone()), 3 * torch.arange(6.0).view(2, 3) + 30)
@@ -107,7 +104,7 @@ assert listening == {"127.0.0.1"}, listening
 tp.close()
 assert not [c for c in psutil.Process().net_connections() if c.status == "LISTEN"]
 """
-    for process in start(body, 3, f"tcp://127.0.0.1:{port}"):
+    for process in start(body, 3):
         assert process.wait(TIMEOUT_S) == 0
 
 
@@ -131,6 +128,7 @@ except WorkerLost as e:
     assert time.monotonic() - began < 2.0
 
 
-def test_a_rank_that_is_late_loses_nobody_but_itself(tmp_path: Path) -> None:
-    with pytest.raises(WorkerLost, match="rank 1 of 2 could not meet the others"):
-        TensorParallel.join(f"file://{tmp_path}/store", 1, 2, timeout_s=0.3)
+def test_a_rank_that_is_late_loses_nobody_but_itself() -> None:
+    meeting = Meeting(timeout_s=0.2)
+    with pytest.raises(WorkerLost, match=r"rank 1 of 2 could not meet the others: .*did not come in 0.2 s"):
+        TensorParallel.join(MeetingStore(meeting.put, meeting.get), 1, 2)

@@ -406,8 +406,11 @@ class TestDeath:
                 link = router.connect(again)
                 assert run_disaggregated(link, decode_link, "b", tokens) == expected
 
-                prefill(link, decode_link, reserve(decode_link, "c", prompt(400, 9)), prompt(400, 9))
-                link.expect(Accepted, transfer_id="c")
+                reserved = reserve(decode_link, "c", prompt(400, 9))
+                # Stopped, it answers no write: some are under way when it is killed, however fast they are.
+                d.process.send_signal(signal.SIGSTOP)
+                prefill(link, decode_link, reserved, prompt(400, 9))
+                link.expect(FirstToken, transfer_id="c")
                 d.kill()
                 assert not link.expect(Failed, 10, transfer_id="c").reason.startswith("rank")
                 link.expect(Fenced, 10, transfer_id="c") if not link.expect(

@@ -15,7 +15,7 @@ import psutil
 import zmq
 from msgspec.structs import replace
 
-from disagg.config import EngineConfig, LeaseConfig, ModelConfig, WorkerConfig, flatten
+from disagg.config import EngineConfig, LeaseConfig, ModelConfig, NodesConfig, WorkerConfig, flatten
 from disagg.protocol import (
     PROTOCOL_VERSION,
     Failed,
@@ -46,6 +46,13 @@ LIMIT_S = 20.0
 TTL_S = 20.0
 
 M = TypeVar("M")
+
+KINDS: dict[str, Any] = {
+    "engine": EngineConfig,
+    "model": ModelConfig,
+    "lease": LeaseConfig,
+    "nodes": NodesConfig,
+}
 
 
 def eventually(condition: Callable[[], Any], what: Any, within_s: float = LIMIT_S) -> Any:
@@ -126,25 +133,29 @@ def make_config(
         "engine": engine,
         "model": {"model": str(checkpoint), "dtype": "float32", "device": "cpu"},
         "lease": {"drain_seconds": 10.0},
+        "nodes": {},
     }
     for key, value in changes.items():
-        for part, kind in (("engine", EngineConfig), ("model", ModelConfig), ("lease", LeaseConfig)):
+        for part, kind in KINDS.items():
             if key in kind.__struct_fields__:
                 parts[part][key] = value
     return WorkerConfig(
         role=role,  # type: ignore[arg-type]
         worker_id=name,
         control=changes.get("control", f"ipc://{folder}/{name}.sock"),
+        advertise_host=changes.get("advertise_host"),
+        transport_keys=changes.get("transport_keys"),
         http_host=changes.get("http_host", "127.0.0.1"),
         http_port=0,
         engine=EngineConfig(**parts["engine"]),
         model=ModelConfig(**parts["model"]),
         lease=LeaseConfig(**parts["lease"]),
+        nodes=NodesConfig(**parts["nodes"]),
     )
 
 
-def start_worker(config: WorkerConfig, folder: Path) -> WorkerProcess:
-    """Start `disagg worker` as the supervisor does."""
+def start_worker(config: WorkerConfig, folder: Path, namespace: str | None = None) -> WorkerProcess:
+    """Start `disagg worker` as the supervisor does, in a network namespace if one is named."""
     file = folder / f"{config.worker_id}.json"
     file.write_text(json.dumps(flatten(config)))
     events_fd, child_fd = os.pipe()
@@ -157,9 +168,10 @@ def start_worker(config: WorkerConfig, folder: Path) -> WorkerProcess:
         "--parent-pid",
         str(os.getpid()),
     ]
+    entering = ["ip", "netns", "exec", namespace] if namespace is not None else []
     with (folder / f"{config.worker_id}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "disagg", *arguments],
+            [*entering, sys.executable, "-m", "disagg", *arguments],
             pass_fds=[child_fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
