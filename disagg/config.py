@@ -204,13 +204,13 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     workers: Annotated[
         tuple[str, ...], Meta(description="Control addresses of workers; may be given several times.")
     ] = ()
-    transport_keys: TransportKeys = None
     discover: Annotated[
         str | None, Meta(description="Kubernetes release whose workers are found by its EndpointSlices.")
     ] = None
     discover_namespace: Annotated[
         str | None, Meta(description="Namespace of the release; by default this pod's own.")
     ] = None
+    transport_keys: TransportKeys = None
     model: ModelConfig = ModelConfig()
     lease: LeaseConfig = LeaseConfig()
     routing: RoutingConfig = RoutingConfig()

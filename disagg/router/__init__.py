@@ -1,8 +1,8 @@
 """Routing: the registry of workers, the prefix index, the queue, placing, dispatch and the ledger.
 
-May import `_core`, `checkpoint`, `config`, `errors`, `frontend`, `kubernetes`, `protocol` and
-`telemetry`; never torch. Read `dispatch.py` first, then `sequence.py`, the life of one sequence, and
-`policy.py`, which decides where it lives. `app.py` is the process.
+May import `_core`, `checkpoint`, `config`, `errors`, `frontend`, `kubernetes`, `protocol`,
+`security` and `telemetry`; never torch. Read `dispatch.py` first, then `sequence.py`, the life of one
+sequence, and `policy.py`, which decides where it lives. `app.py` is the process.
 """
 
 from disagg.router.dispatch import Dispatcher
