@@ -3,7 +3,7 @@ PY := .venv/bin/python
 UV := .venv/bin/uv
 CORES := $(shell nproc)
 
-.PHONY: help serve test quick lint format docs verify lock clean
+.PHONY: help serve test quick e2e lint format docs chart-docs verify lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: lint .venv/.installed ## Install and run every check and test
 quick: lint .venv/.installed ## Lint, types and unit tests
 	$(PY) -m pytest tests/unit tests/regressions -n $(CORES)
 
+e2e: .venv/.installed ## End-to-end tests on the cluster of the current kubeconfig, which must have the image disagg:dev
+	$(PY) -m pytest tests/e2e --timeout 1200 $(ARGS)
+
 lint: .venv/.installed ## Formatting, lint and types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -36,8 +39,13 @@ format: .venv/.installed ## Format and fix what can be fixed
 docs: .venv/.installed ## Write the pages that are generated from the code
 	$(PY) -m disagg.cli.documents docs/configuration.md
 
+chart-docs: .venv/.installed ## Write the chart's README, schema and kept renders (these need helm)
+	$(PY) scripts/chart_readme.py
+	! command -v helm >/dev/null || $(PY) tests/unit/chart/test_chart.py
+
 verify: docs ## Write the generated pages again; fail where one was out of date
 	git diff --exit-code docs/configuration.md
+	$(PY) scripts/chart_readme.py --check
 
 lock: ## Pin the dependencies again: names, versions and hashes
 	$(UV) pip compile -q pyproject.toml --extra dev --generate-hashes --no-header --no-annotate \

@@ -1,0 +1,305 @@
+{{- define "disagg.selectorLabels" -}}
+app.kubernetes.io/name: disagg
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{/* Labels of every object; `component` is the name after "RELEASE-". */}}
+{{- define "disagg.labels" -}}
+{{ include "disagg.selectorLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: disagg
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+{{- if has .component (list "prefill" "decode") }}
+llm-d.ai/role: {{ .component }}
+{{- else if eq .component "unified" }}
+llm-d.ai/role: both
+{{- end }}
+{{- end }}
+
+{{- define "disagg.metadata" -}}
+name: {{ .root.Release.Name }}-{{ .component }}
+namespace: {{ .root.Release.Namespace }}
+labels: {{- include "disagg.labels" . | nindent 2 }}
+{{- end }}
+
+{{/* All pods that carry KV, or ("router" added) all that serve. */}}
+{{- define "disagg.podsOf" -}}
+matchLabels:
+  app.kubernetes.io/name: disagg
+  app.kubernetes.io/instance: {{ .root.Release.Name }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: {{ toJson .components }}}
+{{- end }}
+
+{{- define "disagg.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "disagg.keysSecret" -}}
+{{ .Values.transport.existingSecret | default (printf "%s-keys" .Release.Name) }}
+{{- end }}
+
+{{/* Secret with API keys, or nothing where anybody may call. */}}
+{{- define "disagg.apiKeysSecret" -}}
+{{- if .Values.auth.existingSecret }}{{ .Values.auth.existingSecret }}
+{{- else if .Values.auth.apiKeys }}{{ .Release.Name }}-api-keys
+{{- end }}
+{{- end }}
+
+{{- define "disagg.modelScheme" -}}
+{{ (splitList "://" .Values.modelArtifacts.uri) | first }}
+{{- end }}
+
+{{/* What follows the scheme: nothing, ORG/NAME or CLAIM/PATH. */}}
+{{- define "disagg.modelPath" -}}
+{{ (splitList "://" .Values.modelArtifacts.uri) | rest | join "://" }}
+{{- end }}
+
+{{- define "disagg.claim" -}}
+{{- if eq (include "disagg.modelScheme" .) "hf" }}{{ .Release.Name }}-models
+{{- else if eq (include "disagg.modelScheme" .) "pvc" }}{{ splitList "/" (include "disagg.modelPath" .) | first }}
+{{- end }}
+{{- end }}
+
+{{- define "disagg.modelArgs" -}}
+{{- $path := include "disagg.modelPath" . }}
+{{- $inClaim := splitList "/" $path | rest | join "/" }}
+{{- if eq (include "disagg.modelScheme" .) "hf" }}
+- --model={{ $path }}
+{{- else if eq (include "disagg.modelScheme" .) "pvc" }}
+- --model={{ .Values.modelArtifacts.mountPath }}/{{ $inClaim }}
+{{- end }}
+{{- with .Values.modelArtifacts.name | default (ternary $inClaim "" (eq (include "disagg.modelScheme" .) "pvc")) }}
+- --served-model-name={{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "disagg.routerArgs" -}}
+- router
+- --host=0.0.0.0
+- --port=8000
+- --discover={{ .Release.Name }}
+- --discover-namespace={{ .Release.Namespace }}
+- --transport-keys=/etc/disagg/keys
+- --drain-seconds={{ .Values.router.drainSeconds }}
+{{- include "disagg.modelArgs" . }}
+{{- if include "disagg.apiKeysSecret" . }}
+- --api-key-file=/etc/disagg/api-keys/keys
+{{- end }}
+{{- if .Values.router.tls.secretName }}
+- --tls-certificate=/etc/disagg/tls/tls.crt
+- --tls-key=/etc/disagg/tls/tls.key
+{{- end }}
+{{- range .Values.router.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "disagg.workerArgs" -}}
+- worker
+- --role={{ .component }}
+- --worker-id=$(POD_NAME)
+- --control=tcp://0.0.0.0:5600
+- --advertise-host=$(POD_IP)
+- --http-host=0.0.0.0
+- --http-port=8080
+- --transport-keys=/etc/disagg/keys
+- --drain-seconds={{ .values.drainSeconds }}
+- --tensor-parallel-size={{ .values.parallelism.tensor }}
+{{- include "disagg.modelArgs" .root }}
+{{- if gt (int .values.nodesPerWorker) 1 }}
+- --num-nodes=$(LWS_GROUP_SIZE)
+- --node-rank=$(LWS_WORKER_INDEX)
+- --leader-address=$(LWS_LEADER_ADDRESS)
+{{- end }}
+{{- range .values.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{/* The container's resources, with the devices that the worker's size asks for. */}}
+{{- define "disagg.resources" -}}
+{{- $resources := deepCopy .values.resources }}
+{{- if and .root.Values.accelerator.resource (ne .component "router") }}
+{{- $devices := div .values.parallelism.tensor .values.nodesPerWorker }}
+{{- $limits := merge (dict .root.Values.accelerator.resource $devices) (default dict $resources.limits) }}
+{{- $_ := set $resources "limits" $limits }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{/* The pod of every part: root, component, values (of the component), args. */}}
+{{- define "disagg.pod" -}}
+{{- $isRouter := eq .component "router" }}
+{{- $scheme := include "disagg.modelScheme" .root }}
+{{- $claim := include "disagg.claim" .root }}
+{{- $apiKeys := and $isRouter (include "disagg.apiKeysSecret" .root) }}
+{{- $tls := and $isRouter .root.Values.router.tls.secretName }}
+metadata:
+  labels: {{- include "disagg.labels" . | nindent 4 }}
+spec:
+  serviceAccountName: {{ .root.Release.Name }}-{{ ternary "router" "worker" $isRouter }}
+  automountServiceAccountToken: {{ $isRouter }}
+  # A release called "disagg" would get DISAGG_ROUTER_PORT, which is a flag of ours.
+  enableServiceLinks: false
+  # What runs may end; the rest is for the processes themselves and, of a router, for clients to turn away.
+  terminationGracePeriodSeconds: {{ add .values.drainSeconds (ternary 20 15 $isRouter) }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: 65532
+    runAsGroup: 65532
+    fsGroup: 65532
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile: {type: RuntimeDefault}
+  {{- with .root.Values.imagePullSecrets }}
+  imagePullSecrets: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .root.Values.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with .values.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.affinity }}
+  affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .root.Values.topologySpreadConstraints }}
+  topologySpreadConstraints:
+    {{- range . }}
+    - labelSelector:
+        matchLabels: {{- include "disagg.selectorLabels" $ | nindent 10 }}
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+  {{- end }}
+  containers:
+    - name: {{ ternary "router" "worker" $isRouter }}
+      image: {{ include "disagg.image" .root | quote }}
+      imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+      args: {{- .args | nindent 8 }}
+      env:
+        - name: POD_NAME
+          valueFrom: {fieldRef: {fieldPath: metadata.name}}
+        - name: POD_IP
+          valueFrom: {fieldRef: {fieldPath: status.podIP}}
+        {{- if eq $scheme "hf" }}
+        - {name: HF_HOME, value: {{ .root.Values.modelArtifacts.mountPath | quote }}}
+        - {name: HF_HUB_CACHE, value: "{{ .root.Values.modelArtifacts.mountPath }}/hub"}
+        {{- with .root.Values.modelArtifacts.authSecretName }}
+        - name: HF_TOKEN
+          valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: HF_TOKEN}}
+        {{- end }}
+        {{- else }}
+        - {name: HF_HUB_OFFLINE, value: "1"}
+        {{- end }}
+        {{- with .values.env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      ports:
+        - {name: http, containerPort: {{ ternary 8000 8080 $isRouter }}}
+        {{- if not $isRouter }}
+        - {name: control, containerPort: 5600}
+        {{- end }}
+      {{- with include "disagg.resources" . }}
+      resources: {{- . | nindent 8 }}
+      {{- end }}
+      securityContext:
+        allowPrivilegeEscalation: false
+        readOnlyRootFilesystem: true
+        capabilities:
+          drop: [ALL]
+          {{- with .values.capabilities }}
+          add: {{- toYaml . | nindent 12 }}
+          {{- end }}
+      {{- $probe := printf "port: http, scheme: %s" (ternary "HTTPS" "HTTP" (not (empty $tls))) }}
+      startupProbe:
+        httpGet: {path: {{ ternary "/live" "/health" $isRouter }}, {{ $probe }}}
+        periodSeconds: 1
+        failureThreshold: {{ .values.startupSeconds | default 60 }}
+      readinessProbe:
+        httpGet: {path: /health, {{ $probe }}}
+        periodSeconds: 2
+        failureThreshold: 2
+      livenessProbe:
+        httpGet: {path: /live, {{ $probe }}}
+        periodSeconds: 10
+        timeoutSeconds: 10
+        failureThreshold: 6
+      lifecycle:
+        preStop:
+          exec:
+            {{- if $isRouter }}
+            # Clients go on connecting until every node has heard that this pod ends.
+            command: [sleep, "5"]
+            {{- else }}
+            command:
+              - python
+              - -c
+              - from urllib.request import *; urlopen(Request("http://127.0.0.1:8080/drain", method="POST"))
+            {{- end }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: shm, mountPath: /dev/shm}
+        - {name: keys, mountPath: /etc/disagg/keys, readOnly: true}
+        {{- if $apiKeys }}
+        - {name: api-keys, mountPath: /etc/disagg/api-keys, readOnly: true}
+        {{- end }}
+        {{- if $tls }}
+        - {name: tls, mountPath: /etc/disagg/tls, readOnly: true}
+        {{- end }}
+        {{- if $claim }}
+        - {name: models, mountPath: {{ .root.Values.modelArtifacts.mountPath | quote }}, readOnly: {{ eq $scheme "pvc" }}}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.shmSize }}}
+    - name: keys
+      secret: {secretName: {{ include "disagg.keysSecret" .root }}, defaultMode: 0440}
+    {{- if $apiKeys }}
+    - name: api-keys
+      secret: {secretName: {{ $apiKeys }}, defaultMode: 0440}
+    {{- end }}
+    {{- if $tls }}
+    - name: tls
+      secret: {secretName: {{ $tls }}, defaultMode: 0440}
+    {{- end }}
+    {{- if $claim }}
+    - name: models
+      persistentVolumeClaim: {claimName: {{ $claim }}, readOnly: {{ eq $scheme "pvc" }}}
+    {{- end }}
+{{- end }}
+
+{{- define "disagg.deployment" -}}
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{- include "disagg.metadata" . | nindent 2 }}
+spec:
+  replicas: {{ .values.replicas }}
+  selector:
+    matchLabels: {{- include "disagg.selectorLabels" . | nindent 6 }}
+  strategy:
+    type: RollingUpdate
+    rollingUpdate: {{- toYaml .values.strategy | nindent 6 }}
+  template: {{- include "disagg.pod" . | nindent 4 }}
+{{- end }}
+
+{{- define "disagg.leaderWorkerSet" -}}
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+metadata: {{- include "disagg.metadata" . | nindent 2 }}
+spec:
+  replicas: {{ .values.replicas }}
+  rolloutStrategy:
+    type: RollingUpdate
+    rollingUpdateConfiguration: {{- toYaml .values.strategy | nindent 6 }}
+  leaderWorkerTemplate:
+    size: {{ .values.nodesPerWorker }}
+    restartPolicy: RecreateGroupOnPodRestart
+    workerTemplate: {{- include "disagg.pod" . | nindent 6 }}
+{{- end }}

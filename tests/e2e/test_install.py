@@ -1,0 +1,99 @@
+"""What a user does first: install, test, call, upgrade, remove."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from e2e.cluster import Release, get, helm, installed, kubectl
+
+ROLES = {"prefill": "prefill", "decode": "decode"}
+
+
+@pytest.fixture(scope="module")
+def release() -> Iterator[Release]:
+    with installed("chat", auth={"apiKeys": ["sesame"]}) as release:
+        yield release
+    left = {(o["kind"], o["metadata"]["name"]) for o in _objects("chat")}
+    assert left == {("Secret", "chat-keys")}, "helm uninstall leaves the key, and nothing else"
+    kubectl("delete", "secret", "chat-keys")
+
+
+def _objects(name: str) -> list[dict]:
+    kinds = "all,secrets,serviceaccounts,roles,rolebindings,networkpolicies,poddisruptionbudgets"
+    return get(f"{kinds},persistentvolumeclaims", "-l", f"app.kubernetes.io/instance={name}")
+
+
+def test_helm_test_moves_kv(release: Release) -> None:
+    """A chat completion forced through both pools, with the API key of the release."""
+    printed = helm("test", release.name, "--logs")
+    pods = {role: release.pods(role)[0]["metadata"]["name"] for role in ROLES}
+    assert f"prefill worker: {pods['prefill']}" in printed
+    assert f"decode worker:  {pods['decode']}" in printed
+    assert "KV moved:" in printed
+
+
+def test_every_object_has_the_labels(release: Release) -> None:
+    """Dashboards and policies of others pick by them."""
+    for found in _objects(release.name):
+        if found["kind"] in ("ReplicaSet", "Pod") and "hook" in json.dumps(
+            found["metadata"].get("annotations")
+        ):
+            continue
+        labels = found["metadata"]["labels"]
+        component = labels["app.kubernetes.io/component"]
+        assert labels["app.kubernetes.io/name"] == "disagg", found["metadata"]
+        if found["kind"] != "ReplicaSet" and found["kind"] != "Pod":
+            assert found["metadata"]["name"] == f"{release.name}-{component}"
+        assert labels["app.kubernetes.io/part-of"] == "disagg"
+        assert labels["app.kubernetes.io/version"]
+        assert labels.get("llm-d.ai/role") == ROLES.get(component)
+
+
+def test_a_call_without_the_key_is_refused(release: Release) -> None:
+    script = "import httpx; print(httpx.get('http://127.0.0.1:8000/v1/models').status_code)"
+    command = ["exec", f"deploy/{release.name}-router", "--", "python", "-c", script]
+    assert kubectl(*command).strip() == "401"
+
+
+def test_pods_run_as_the_chart_says(release: Release) -> None:
+    """Non-root on a read-only root, without a token where none is needed; nothing has restarted."""
+    for component in ("router", "prefill", "decode"):
+        (pod,) = release.pods(component)
+        name = pod["metadata"]["name"]
+        assert kubectl("exec", name, "--", "id", "-u").strip() == "65532"
+        written = kubectl("exec", name, "--", "sh", "-c", "touch /x 2>&1 || true")
+        assert "Read-only file system" in written
+        token = kubectl(
+            "exec", name, "--", "sh", "-c", "ls /var/run/secrets/kubernetes.io 2>/dev/null || true"
+        )
+        assert bool(token) == (component == "router")
+        assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def test_an_upgrade_keeps_the_key(release: Release) -> None:
+    """With another key, pods of the old and the new version could not talk."""
+    before = get("secret", "--field-selector=metadata.name=chat-keys")[0]["data"]
+    release.apply(router={"env": [{"name": "UPGRADED", "value": "1"}]})
+    assert get("secret", "--field-selector=metadata.name=chat-keys")[0]["data"] == before
+    helm("test", release.name)
+
+
+def test_an_impossible_tensor_size_is_told_by_the_pod(release: Release) -> None:
+    """One line that `kubectl logs` shows: 135M has 9 heads, of 3 KV heads."""
+    arguments = ["worker", "--role=unified", "--tensor-parallel-size=2"]
+    image = release.pods("decode")[0]["spec"]["containers"][0]["image"]
+    container = {"name": "main", "image": image, "imagePullPolicy": "IfNotPresent", "args": arguments}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "odd"}}
+    kubectl(
+        "apply",
+        "-f",
+        "-",
+        stdin=json.dumps({**pod, "spec": {"restartPolicy": "Never", "containers": [container]}}),
+    )
+    try:
+        kubectl("wait", "pod/odd", "--for=jsonpath={.status.phase}=Failed", "--timeout=60s")
+        lines = kubectl("logs", "odd").strip().splitlines()
+        assert "heads" in lines[-1], lines
+    finally:
+        kubectl("delete", "pod", "odd", "--grace-period=1")

@@ -1,0 +1,114 @@
+"""Rolled, scaled, drained and lost under steady streaming load, and no request is lost."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from e2e.cluster import Pod, Release, get, installed, kubectl, run, wait_until
+
+REQUESTS = int(os.environ.get("DISAGG_E2E_REQUESTS", "90"))
+"""At least so many in each test: six tests make more than 500."""
+CLIENTS = 4
+
+
+@pytest.fixture(scope="module")
+def release() -> Iterator[Release]:
+    replicas = {"replicas": 2}
+    with installed("busy", router=replicas, prefill=replicas, decode=replicas) as release:
+        yield release
+    kubectl("delete", "secret", "busy-keys")
+
+
+@contextmanager
+def load(release: Release) -> Iterator[None]:
+    """Steady load around a block; afterwards nothing is lost, and nothing is held any more."""
+    pod = Pod("load", "load_client.py", release.url, str(CLIENTS), str(REQUESTS))
+    try:
+        wait_until("load has started", lambda: any(e["event"] == "started" for e in pod.events()), 180)
+        yield
+        kubectl("exec", "load", "--", "touch", "/tmp/stop")
+        events = pod.wait(400)
+        print(events[-1])
+        assert events[-1]["lost"] == 0, events
+        assert events[-1]["sent"] >= REQUESTS
+    finally:
+        pod.remove()
+    wait_until("no lease and no page in use", lambda: _is_idle(release), 60)
+
+
+def _is_idle(release: Release) -> bool:
+    workers = [w for w in release.call("/disagg/workers") if w["state"] == "ready"]
+    return bool(workers) and all(w["leases"] == 0 and w["pages"]["in_use"] == 0 for w in workers)
+
+
+@pytest.mark.parametrize("component", ["router", "prefill", "decode"])
+def test_rolling_upgrade(release: Release, component: str) -> None:
+    with load(release):
+        release.roll(component)
+
+
+def test_scale_down(release: Release) -> None:
+    """The pod that goes moves or finishes what it has."""
+    for component in ("prefill", "decode"):
+        kubectl("scale", f"deploy/busy-{component}", "--replicas=3")
+        kubectl("rollout", "status", f"deploy/busy-{component}", "--timeout=180s")
+    with load(release):
+        for component in ("prefill", "decode"):
+            kubectl("scale", f"deploy/busy-{component}", "--replicas=2")
+        for component in ("prefill", "decode"):
+            release.wait_rolled(component)
+
+
+def _other_nodes() -> list[str]:
+    nodes = [node["metadata"]["name"] for node in get("nodes")]
+    return [name for name in nodes if name != os.environ.get("DISAGG_E2E_CLIENT_NODE", nodes[0])]
+
+
+def test_drained_node(release: Release) -> None:
+    nodes = _other_nodes()
+    if not nodes:
+        pytest.skip("needs two nodes")
+    try:
+        with load(release):
+            run(
+                "kubectl",
+                "drain",
+                nodes[0],
+                "--ignore-daemonsets",
+                "--delete-emptydir-data",
+                "--timeout=240s",
+            )
+            for component in ("router", "prefill", "decode"):
+                release.wait_rolled(component)
+    finally:
+        run("kubectl", "uncordon", nodes[0])
+
+
+def test_lost_node(release: Release) -> None:
+    """All processes of a node end at once; it holds workers of both pools, and no router."""
+    lose, restore = os.environ.get("DISAGG_E2E_LOSE_NODE"), os.environ.get("DISAGG_E2E_RESTORE_NODES")
+    if not lose or not restore:
+        pytest.skip("DISAGG_E2E_LOSE_NODE and DISAGG_E2E_RESTORE_NODES name no commands")
+    keep = os.environ["DISAGG_E2E_CLIENT_NODE"]
+    release.apply(router={"nodeSelector": {"kubernetes.io/hostname": keep}})
+    for component in ("prefill", "decode"):
+        release.roll(component)  # spread them over the nodes again
+    places = [pod["spec"]["nodeName"] for c in ("prefill", "decode") for pod in release.pods(c)]
+    victim = max(_other_nodes(), key=places.count)
+    assert places.count(victim) > 0, "the node that is lost must hold workers"
+    try:
+        with load(release):
+            subprocess.run([*lose.split(), victim], check=True, capture_output=True)
+            wait_until("the router has noticed", lambda: _num_ready(release) <= 4 - places.count(victim), 60)
+    finally:
+        subprocess.run(restore.split(), check=True, capture_output=True, timeout=120)
+        kubectl(
+            "delete", "pods", "--field-selector", f"spec.nodeName={victim}", "--force", "--grace-period=0"
+        )
+
+
+def _num_ready(release: Release) -> int:
+    return sum(worker["state"] == "ready" for worker in release.call("/disagg/workers"))

@@ -1,0 +1,142 @@
+"""The chart as it renders; skipped where no helm is on the path."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[3]
+CHART = ROOT / "charts" / "disagg"
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {
+    "default": None,
+    **{path.name.removesuffix("-values.yaml"): path for path in sorted(CHART.glob("ci/*-values.yaml"))},
+    **{path.stem: path for path in sorted(CHART.glob("examples/*.yaml"))},
+}
+
+needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="no helm on PATH")
+
+
+def helm_template(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["helm", "template", "chat", str(CHART), "--namespace", "serving", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def rendered(case: str) -> str:
+    path = CASES[case]
+    result = helm_template(*(["--values", str(path)] if path else []))
+    assert result.returncode == 0, result.stderr
+    return re.sub(r'(current: )"?[A-Za-z0-9+/]{43}="?', r"\1" + "A" * 43 + "=", result.stdout)
+
+
+def objects(*arguments: str) -> list[dict]:
+    result = helm_template(*arguments)
+    assert result.returncode == 0, result.stderr
+    return [found for found in yaml.safe_load_all(result.stdout) if found]
+
+
+def only(found: list[dict], kind: str, name: str) -> dict:
+    (match,) = [o for o in found if o["kind"] == kind and o["metadata"]["name"] == name]
+    return match
+
+
+@needs_helm
+@pytest.mark.parametrize("case", CASES)
+def test_render_is_the_kept_one(case: str) -> None:
+    """A change of what users install shows in review; `make chart-docs` keeps the new ones."""
+    assert rendered(case) == (GOLDEN / f"{case}.yaml").read_text()
+
+
+def test_every_golden_render_has_its_values() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.yaml")} == set(CASES)
+
+
+def test_readme_and_schema_are_those_of_the_values() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "chart_readme.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("router.replica=2", "additional properties 'replica' not allowed"),
+        ("decode.parallelism.pipeline=2", "additional properties 'pipeline' not allowed"),
+        ("prefill.parallelism.tensor=0", "'/prefill/parallelism/tensor': minimum: got 0, want 1"),
+        ("modelArtifacts.uri=s3://bucket", "must be image://, hf://ORG/NAME or pvc://CLAIM/PATH"),
+        ("modelArtifacts.authSecretName=token", "is for a modelArtifacts.uri of hf://ORG/NAME only"),
+        ("decode.replicas=0", "set decode.replicas or unified.replicas to at least 1"),
+        ("prefill.replicas=0", "decode workers without prefill workers"),
+        ("decode.nodesPerWorker=2", "decode.nodesPerWorker 2 does not divide decode.parallelism.tensor 1"),
+        ("auth.apiKeys={a},auth.existingSecret=b", "exclude each other"),
+        ("httpRoute.enabled=true", "needs httpRoute.parentRefs"),
+    ],
+)
+def test_wrong_values_end_in_a_sentence(value: str, sentence: str) -> None:
+    result = helm_template("--set", value)
+    assert result.returncode != 0
+    assert sentence in result.stderr
+
+
+@needs_helm
+def test_selectors_hold_no_version() -> None:
+    """A selector cannot be changed, so an upgrade to another version would be refused."""
+    for found in objects():
+        if found["kind"] == "Deployment":
+            assert set(found["spec"]["selector"]["matchLabels"]) == {
+                f"app.kubernetes.io/{name}" for name in ("name", "instance", "component")
+            }
+
+
+@needs_helm
+def test_pods_may_do_nothing_they_need_not() -> None:
+    for found in objects():
+        if found["kind"] != "Deployment":
+            continue
+        pod = found["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["enableServiceLinks"] is False
+        is_router = found["metadata"]["name"] == "chat-router"
+        assert pod["automountServiceAccountToken"] is is_router
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+@needs_helm
+def test_grace_is_longer_than_draining() -> None:
+    """The kubelet kills what has not ended by itself, with the requests in it."""
+    decode = only(objects("--set", "decode.drainSeconds=300"), "Deployment", "chat-decode")
+    pod = decode["spec"]["template"]["spec"]
+    assert "--drain-seconds=300" in pod["containers"][0]["args"]
+    assert pod["terminationGracePeriodSeconds"] == 315
+
+
+@needs_helm
+def test_switches_are_off_too() -> None:
+    kinds = {found["kind"] for found in objects("--values", str(CASES["open"]))}
+    assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Ingress", "HTTPRoute", "PodMonitor"}
+
+
+@needs_helm
+def test_a_worker_of_several_nodes_shares_its_devices_out() -> None:
+    found = only(objects("--values", str(CASES["hub"])), "LeaderWorkerSet", "chat-decode")
+    template = found["spec"]["leaderWorkerTemplate"]
+    container = template["workerTemplate"]["spec"]["containers"][0]
+    assert template["size"] == 2
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert "--num-nodes=$(LWS_GROUP_SIZE)" in container["args"]
+
+
+if __name__ == "__main__":  # make chart-docs
+    for case in CASES:
+        (GOLDEN / f"{case}.yaml").write_text(rendered(case))
