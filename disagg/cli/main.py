@@ -9,6 +9,7 @@ COMMANDS = {
     "serve": ("disagg.cli.serve:serve", "Serve a model: router, prefill and decode workers on this machine."),
     "router": ("disagg.cli.router:router", "Run one router."),
     "worker": ("disagg.cli.worker:worker", "Run one worker of either role."),
+    "drain": ("disagg.cli.drain:drain", "Have a process on this machine take nothing new."),
     "chat": ("disagg.cli.chat:chat", "Talk to a running server in the terminal."),
     "generate": ("disagg.cli.generate:generate", "Run the engine in this process on one prompt."),
     "bench": ("disagg.cli.bench:bench", "Measure an engine or a server."),

@@ -19,6 +19,7 @@ from disagg.frontend.exchange import ClientLeft, Exchange, Receive, Scope, Send
 from disagg.frontend.formats import error_event
 from disagg.frontend.generator import Generator
 from disagg.frontend.pages import make_pages
+from disagg.frontend.retirement import RETIRE_S, Retirement
 from disagg.frontend.text import TextModel
 from disagg.security import ApiKeys
 
@@ -40,9 +41,10 @@ def create_app(
     *,
     api_keys: ApiKeys | None = None,
     max_body_bytes: int = 8 * 1024 * 1024,
+    retire_s: float = RETIRE_S,
 ) -> "App":
     """Make the application of one served model. It owns `text` from now on."""
-    service = Service(generator, text, model_name, int(time.time()), max_body_bytes)
+    service = Service(generator, text, model_name, int(time.time()), max_body_bytes, Retirement(retire_s))
     return App(service, api_keys or ApiKeys())
 
 
@@ -69,6 +71,7 @@ class App:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, token_hex(16))
+        exchange.is_last = self._service.retirement.has_begun
         try:
             self._check_key(exchange)
             endpoint = ENDPOINTS.get(exchange.path)

@@ -12,6 +12,7 @@ from disagg.frontend.exchange import Exchange
 from disagg.frontend.formats import DONE, ChatFormat, CompletionFormat, Format, Usage
 from disagg.frontend.generator import DecisionOverride, Delta, GenerateRequest, Generator, Ticket
 from disagg.frontend.output import SequenceOutput
+from disagg.frontend.retirement import Retirement
 from disagg.frontend.schemas import Options, parse_chat, parse_completion, plan_max_tokens
 from disagg.frontend.stops import StopMatcher
 from disagg.frontend.text import TextModel
@@ -32,6 +33,7 @@ class Service(Struct, frozen=True):
     created: int
     """Unix time at which the model was loaded."""
     max_body_bytes: int
+    retirement: Retirement
 
     def note(self, exchange: Exchange, error: BaseException) -> None:
         """Put an error in the ledger, where the generator has no record of the request yet."""

@@ -28,6 +28,10 @@ class NotFound(RequestError):
     """No such path, or nothing by that name."""
 
 
+class Forbidden(RequestError):
+    """It may be asked from this machine only."""
+
+
 class MethodNotAllowed(RequestError):
     """The path exists, but not for this method."""
 
@@ -66,6 +70,7 @@ _KINDS: dict[type[BaseException], _Kind] = {
     PromptTooLong: _Kind(HTTPStatus.BAD_REQUEST, "invalid_request_error", "context_length_exceeded"),
     Unauthorized: _Kind(HTTPStatus.UNAUTHORIZED, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: _Kind(HTTPStatus.NOT_FOUND, "invalid_request_error", "model_not_found"),
+    Forbidden: _Kind(HTTPStatus.FORBIDDEN, "invalid_request_error", "forbidden"),
     NotFound: _Kind(HTTPStatus.NOT_FOUND, "invalid_request_error", "not_found"),
     MethodNotAllowed: _Kind(HTTPStatus.METHOD_NOT_ALLOWED, "invalid_request_error", "method_not_allowed"),
     BodyTooSlow: _Kind(HTTPStatus.REQUEST_TIMEOUT, "invalid_request_error", "request_timeout"),

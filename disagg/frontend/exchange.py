@@ -36,6 +36,7 @@ class Exchange:
         "content_encoding",
         "content_length",
         "decision",
+        "is_last",
         "method",
         "path",
         "request_id",
@@ -56,6 +57,8 @@ class Exchange:
         """Whether what has been sent is the beginning of a stream of events."""
         self.submitted = False
         """Whether the generator was given it, and so keeps its record."""
+        self.is_last = False
+        """Whether the connection is to close behind the answer."""
         self.authorization = b""
         self.client_request_id: str | None = None
         self.content_encoding = b"identity"
@@ -152,8 +155,7 @@ class Exchange:
         """An ASGI `send` for an inner application: adds the request id to its answer."""
         if message["type"] == "http.response.start":
             self.started = True
-            headers = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
-            message = {**message, "headers": headers}
+            message = {**message, "headers": [*message.get("headers", ()), *self._own_headers()]}
         await self._send(message)
 
     async def _wait_for_disconnect(self) -> None:
@@ -163,8 +165,12 @@ class Exchange:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True
-        headers.append((b"x-request-id", self.request_id.encode()))
+        headers.extend(self._own_headers())
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _own_headers(self) -> Headers:
+        own = [(b"x-request-id", self.request_id.encode())]
+        return [*own, (b"connection", b"close")] if self.is_last else own
 
     async def _start_whole(self, status: int, body: bytes, headers: Headers) -> None:
         await self._start(

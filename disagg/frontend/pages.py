@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse
 
 from disagg.errors import DisaggError, InvalidRequest, ModelNotFound, RequestError
 from disagg.frontend.completions import Service
-from disagg.frontend.errors import MethodNotAllowed, NotFound, reply_to
+from disagg.frontend.errors import Forbidden, MethodNotAllowed, NotFound, reply_to
 from disagg.frontend.exchange import Exchange
 from disagg.frontend.fields import ChatFields, CompletionFields
+from disagg.security import is_loopback
 
 MAX_RECORDS = 10_000
 ExceptionHandler = Callable[[Request, Any], Coroutine[Any, Any, Response]]
@@ -63,7 +64,7 @@ def _add_probes(pages: FastAPI, service: Service) -> None:
     @pages.get("/health", tags=["operation"])
     async def health() -> JSONResponse:
         """200 when a decode or unified worker can serve, else 503."""
-        healthy = service.generator.healthy()
+        healthy = service.generator.healthy() and not service.retirement.has_begun
         return JSONResponse({"status": "ok" if healthy else "unavailable"}, 200 if healthy else 503)
 
     @pages.head("/live", include_in_schema=False)
@@ -71,6 +72,17 @@ def _add_probes(pages: FastAPI, service: Service) -> None:
     async def live() -> JSONResponse:
         """200 while the process lives, whatever its workers do."""
         return JSONResponse({"status": "ok"})
+
+    @pages.post("/drain", tags=["operation"])
+    async def drain(request: Request) -> JSONResponse:
+        """Lead clients elsewhere: /health fails, each answer closes its connection; returns in 5 seconds.
+
+        Nothing is refused meanwhile: SIGTERM does that. Answered to loopback peers only.
+        """
+        if request.client is None or not is_loopback(request.client.host):
+            raise Forbidden("drain is answered to loopback peers only")
+        await service.retirement.run()
+        return JSONResponse({"status": "retired"})
 
     @pages.get("/metrics", tags=["operation"])
     async def metrics() -> Response:

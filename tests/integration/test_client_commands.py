@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner
 
 from disagg.cli.bench_serve import bench_serve
 from disagg.cli.chat import chat
+from disagg.cli.drain import drain
 from disagg.errors import Overloaded
 from disagg.frontend import App, GenerateRequest, TextModel, create_app
 from disagg.security import ApiKeys
@@ -35,7 +37,11 @@ def running(text: TextModel) -> Iterator[RunningServer]:
     def make_app(generator: FakeGenerator) -> App:
         generator.context = 4096
         return create_app(
-            generator, TextModel(text.tokenizer, text.template), "m", api_keys=ApiKeys(("secret",))
+            generator,
+            TextModel(text.tokenizer, text.template),
+            "m",
+            api_keys=ApiKeys(("secret",)),
+            retire_s=0.05,
         )
 
     with serving(make_app) as running:
@@ -141,6 +147,21 @@ def test_chat_without_a_server_says_how_to_start_one(runner: CliRunner) -> None:
     result = runner.invoke(chat, ["http://127.0.0.1:9"])
     assert result.exit_code == 1
     assert "disagg serve" in result.stderr
+
+
+def test_drain_returns_when_the_server_has_retired(running: RunningServer, runner: CliRunner) -> None:
+    result = runner.invoke(drain, [running.base])
+    assert (result.exit_code, json.loads(result.stdout)) == (0, {"status": "retired"})
+    assert httpx.get(f"{running.base}/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("url", "words"), [("http://127.0.0.1:9", "no answer"), ("nonsense", "no answer"), ("/v0", "404")]
+)
+def test_drain_says_what_went_wrong(running: RunningServer, runner: CliRunner, url: str, words: str) -> None:
+    result = runner.invoke(drain, [running.base + url if url.startswith("/") else url])
+    assert result.exit_code == 1
+    assert words in result.stderr
 
 
 def read_until(terminal: int, marker: str) -> str:

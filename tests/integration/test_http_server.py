@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def running(folder: Path) -> Iterator[RunningServer]:
     def make_app(generator: FakeGenerator) -> App:
-        return create_app(generator, TextModel.from_folder(folder), "m", max_body_bytes=MAX_BODY_BYTES)
+        return create_app(
+            generator, TextModel.from_folder(folder), "m", max_body_bytes=MAX_BODY_BYTES, retire_s=0.1
+        )
 
     with serving(make_app) as running:
         yield running
@@ -282,6 +284,25 @@ def test_a_stopping_server_ends_its_streams_first(running: RunningServer, connec
     finish(running, ticket)
     assert b"[DONE]" in read_all(connection)
     assert not ticket.aborted
+
+
+def test_a_retiring_server_answers_and_then_lets_go_of_its_clients(
+    running: RunningServer, connection: socket.socket
+) -> None:
+    """A kept connection must not lead to a pod that no Service names any more."""
+    connection.sendall(post(completion(stream=True)))
+    ticket = running.ticket()
+    answer = httpx.post(f"{running.base}/drain")
+    assert (answer.status_code, answer.json()) == (200, {"status": "retired"})
+    assert httpx.get(f"{running.base}/health").status_code == 503
+    finish(running, ticket)
+    assert b"connection: close" not in read_until(connection, b"[DONE]")
+    connection.sendall(post(completion()))
+    finish(running, running.ticket())
+    answer_bytes = read_all(connection)
+    assert b"200 OK" in answer_bytes
+    assert b"connection: close" in answer_bytes.lower()
+    assert answer_bytes.endswith(b"}")
 
 
 def test_an_aborted_server_ends_at_once(folder: Path) -> None:

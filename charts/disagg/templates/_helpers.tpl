@@ -83,6 +83,7 @@ matchExpressions:
 - --discover={{ .Release.Name }}
 - --discover-namespace={{ .Release.Namespace }}
 - --transport-keys=/etc/disagg/keys
+- --peer-bind=tcp://0.0.0.0:5602
 - --drain-seconds={{ .Values.router.drainSeconds }}
 {{- include "disagg.modelArgs" . }}
 {{- if include "disagg.apiKeysSecret" . }}
@@ -180,6 +181,8 @@ spec:
     - name: {{ ternary "router" "worker" $isRouter }}
       image: {{ include "disagg.image" .root | quote }}
       imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+      # The sentence in which a wrong configuration ends stands in the pod's status too.
+      terminationMessagePolicy: FallbackToLogsOnError
       args: {{- .args | nindent 8 }}
       env:
         - name: POD_NAME
@@ -201,9 +204,7 @@ spec:
         {{- end }}
       ports:
         - {name: http, containerPort: {{ ternary 8000 8080 $isRouter }}}
-        {{- if not $isRouter }}
-        - {name: control, containerPort: 5600}
-        {{- end }}
+        - {name: control, containerPort: {{ ternary 5602 5600 $isRouter }}}
       {{- with include "disagg.resources" . }}
       resources: {{- . | nindent 8 }}
       {{- end }}
@@ -232,15 +233,7 @@ spec:
       lifecycle:
         preStop:
           exec:
-            {{- if $isRouter }}
-            # Clients go on connecting until every node has heard that this pod ends.
-            command: [sleep, "5"]
-            {{- else }}
-            command:
-              - python
-              - -c
-              - from urllib.request import *; urlopen(Request("http://127.0.0.1:8080/drain", method="POST"))
-            {{- end }}
+            command: [disagg, drain, "{{ ternary (ternary "https" "http" (not (empty $tls))) "http" $isRouter }}://127.0.0.1:{{ ternary 8000 8080 $isRouter }}"]
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}

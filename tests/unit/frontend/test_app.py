@@ -56,6 +56,14 @@ async def test_every_path_answers_with_an_id_and_errors_in_openais_shape(
         assert answer.headers["allow"]
 
 
+async def test_a_stranger_cannot_have_a_server_drained(generator: FakeGenerator, text: TextModel) -> None:
+    transport = httpx.ASGITransport(create_app(generator, text, "m"), client=("10.0.0.1", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        answer = await http.post("/drain")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+        assert (await http.get("/health")).status_code == 200
+
+
 @pytest.mark.parametrize(
     "key", [None, "Bearer ", "Bearer wrong", "Basic secret", "secret", "Bearer secret x"]
 )
