@@ -66,16 +66,18 @@ class Release:
     def __init__(self, name: str, values: dict[str, Any]) -> None:
         self.name = name
         self.values = values
+        self.headers: dict[str, str] = {}
         self.url = f"http://{name}-router.{NAMESPACE}:8000"
 
-    def apply(self, *, timeout: str = "300s", **values: Any) -> None:
+    def apply(self, *, wait: bool = True, **values: Any) -> None:
         """Install or upgrade, and wait until all is ready."""
         self.values = _merged(self.values, values)
         repository, _, tag = IMAGE.rpartition(":")
         whole = _merged({"image": {"repository": repository, "tag": tag}}, self.values)
         path = Path(f"/tmp/{self.name}-e2e-values.json")
         path.write_text(json.dumps(whole))
-        helm("upgrade", "--install", self.name, str(CHART), "-f", str(path), "--wait", "--timeout", timeout)
+        waiting = ["--wait", "--timeout", "300s"] if wait else []
+        helm("upgrade", "--install", self.name, str(CHART), "-f", str(path), *waiting)
 
     def pods(self, component: str) -> list[dict[str, Any]]:
         """Pods of one component, those that are ending too."""
@@ -84,7 +86,11 @@ class Release:
 
     def call(self, path: str) -> Any:
         """JSON of the router, asked from within one of its pods."""
-        code = f"from urllib.request import *;print(urlopen('http://127.0.0.1:8000{path}').read().decode())"
+        scheme = "https" if self.values.get("router", {}).get("tls") else "http"
+        code = (
+            "import httpx;"
+            f"print(httpx.get('{scheme}://127.0.0.1:8000{path}', headers={self.headers}, verify=False).text)"
+        )
         return json.loads(kubectl("exec", f"deploy/{self.name}-router", "--", "python", "-c", code))
 
     def roll(self, component: str) -> None:
@@ -101,11 +107,11 @@ class Release:
 
 
 @contextmanager
-def installed(name: str, **values: Any) -> Iterator[Release]:
+def installed(name: str, *, wait: bool = True, **values: Any) -> Iterator[Release]:
     """A release that is there for a block, and leaves what the documents say."""
     release = Release(name, {"prefill": SMALL, "decode": SMALL, "unified": SMALL})
     try:
-        release.apply(**values)
+        release.apply(wait=wait, **values)
         yield release
     finally:
         helm("uninstall", name, "--wait", "--ignore-not-found")
@@ -116,7 +122,8 @@ def installed(name: str, **values: Any) -> Iterator[Release]:
 class Pod:
     """A pod of ours beside the release, running a script from this folder."""
 
-    def __init__(self, name: str, script: str, *arguments: str) -> None:
+    def __init__(self, name: str, script: str, *arguments: str, claim: str | None = None) -> None:
+        """Start it; `claim` is mounted at /claim."""
         self.name = name
         container = {
             "name": "main",
@@ -131,6 +138,9 @@ class Pod:
             "enableServiceLinks": False,
         }
         spec |= {"volumes": [{"name": "tmp", "emptyDir": {}}], "terminationGracePeriodSeconds": 1}
+        if claim is not None:
+            container["volumeMounts"].append({"name": "claim", "mountPath": "/claim"})
+            spec["volumes"].append({"name": "claim", "persistentVolumeClaim": {"claimName": claim}})
         spec["automountServiceAccountToken"] = False
         if node := os.environ.get("DISAGG_E2E_CLIENT_NODE"):
             spec["nodeSelector"] = {"kubernetes.io/hostname": node}  # one that no test drains or loses

@@ -1,17 +1,21 @@
 """Rolled, scaled, drained and lost under steady streaming load, and no request is lost."""
 
+import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from e2e.cluster import Pod, Release, get, installed, kubectl, run, wait_until
+from e2e.cluster import CommandFailed, Pod, Release, get, installed, kubectl, run, wait_until
 
 REQUESTS = int(os.environ.get("DISAGG_E2E_REQUESTS", "90"))
 """At least so many in each test: six tests make more than 500."""
 CLIENTS = 4
+API_AWAY_S = float(os.environ.get("DISAGG_E2E_API_AWAY_S", "30"))
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +35,22 @@ def load(release: Release) -> Iterator[None]:
         yield
         kubectl("exec", "load", "--", "touch", "/tmp/stop")
         events = pod.wait(400)
-        print(events[-1])
+        _note(events[-1])
         assert events[-1]["lost"] == 0, events
         assert events[-1]["sent"] >= REQUESTS
     finally:
         pod.remove()
     wait_until("no lease and no page in use", lambda: _is_idle(release), 60)
+
+
+def _note(counts: dict[str, Any]) -> None:
+    """Print what was counted, and add it to a file of figures where one is asked for."""
+    test = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition(" ")[0]
+    line = json.dumps({"name": test.removeprefix("test_"), **counts})
+    print(line)
+    if path := os.environ.get("DISAGG_E2E_FIGURES"):
+        with open(path, "a") as figures:
+            figures.write(f"{line}\n")
 
 
 def _is_idle(release: Release) -> bool:
@@ -85,6 +99,28 @@ def test_drained_node(release: Release) -> None:
                 release.wait_rolled(component)
     finally:
         run("kubectl", "uncordon", nodes[0])
+
+
+def test_api_server_away(release: Release) -> None:
+    """Routers and workers go on with what they know, for as long as it takes."""
+    pause, resume = os.environ.get("DISAGG_E2E_PAUSE_API"), os.environ.get("DISAGG_E2E_RESUME_API")
+    if not pause or not resume:
+        pytest.skip("DISAGG_E2E_PAUSE_API and DISAGG_E2E_RESUME_API name no commands")
+    with load(release):
+        subprocess.run(pause.split(), check=True)
+        try:
+            time.sleep(API_AWAY_S)
+        finally:
+            subprocess.run(resume.split(), check=True)
+        wait_until("the API server answers", _api_answers, 60)
+
+
+def _api_answers() -> bool:
+    try:
+        run("kubectl", "version", timeout_s=10)
+    except (CommandFailed, subprocess.TimeoutExpired):
+        return False
+    return True
 
 
 def test_lost_node(release: Release) -> None:

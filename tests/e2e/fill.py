@@ -1,0 +1,8 @@
+"""Puts the image's model on a claim, run in a pod that mounts it at /claim."""
+
+import shutil
+from pathlib import Path
+
+(snapshot,) = Path("/opt/models").glob("models--*/snapshots/*")
+shutil.copytree(snapshot, "/claim/smol")
+print('{"event": "filled"}')
