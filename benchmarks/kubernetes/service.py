@@ -76,7 +76,7 @@ def losses(requests: int) -> list[dict[str, Any]]:
 
 
 def stages(pod: dict[str, Any], lines: list[str]) -> None:
-    """Print where the start of workers went: what the log says, and what Kubernetes does, in whole seconds."""
+    """Print where a start went: what the log says, and what Kubernetes does, in whole seconds."""
     for line in lines:
         print("  worker's log:", " ".join(re.findall(r"\w+_s=\S+", line)))
     at = {c["type"]: c["lastTransitionTime"] for c in pod["status"]["conditions"]}
