@@ -81,22 +81,22 @@ def decode(tmp_path: Path, model: Path) -> Iterator[list[WorkerProcess]]:
 
 
 @pytest.fixture
-def namespace() -> Iterator[str]:
-    """A network namespace with `HOSTS[1]`, joined by a wire to this one with `HOSTS[0]`."""
+def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A network namespace with `HOSTS[1]`, wired to `HOSTS[0]` here; KV takes that wire."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     name = f"disagg{os.getpid()}"
-    near, far = f"n{os.getpid()}", f"f{os.getpid()}"
+    monkeypatch.setenv("UCX_NET_DEVICES", name)  # else it may call from an address that has no way back
 
     def ip(command: str) -> None:
         subprocess.run(["ip", *command.split()], check=True)
 
     ip(f"netns add {name}")
     try:
-        ip(f"link add {near} type veth peer name {far} netns {name}")
-        ip(f"addr add {HOSTS[0]}/30 dev {near}")
-        ip(f"link set {near} up")
-        for command in (f"addr add {HOSTS[1]}/30 dev {far}", f"link set {far} up", "link set lo up"):
+        ip(f"link add {name} type veth peer name {name} netns {name}")
+        ip(f"addr add {HOSTS[0]}/30 dev {name}")
+        ip(f"link set {name} up")
+        for command in (f"addr add {HOSTS[1]}/30 dev {name}", f"link set {name} up", "link set lo up"):
             ip(f"netns exec {name} ip {command}")
         yield name
     finally:
