@@ -50,6 +50,16 @@ def resolve(model: str, *, origin: str = "--model", progress: Progress | None = 
     Raises:
         ConfigError: no usable checkpoint is there; says what was tried.
     """
+    try:
+        found = _find(model, origin, progress)
+        for file in filter(Path.is_file, found.path.iterdir()):
+            file.open("rb").close()
+    except PermissionError as error:
+        raise ConfigError(f"{origin} {model!r} may not be read: {error.filename} is not ours") from error
+    return found
+
+
+def _find(model: str, origin: str, progress: Progress | None) -> ModelFiles:
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path, model, origin, progress)

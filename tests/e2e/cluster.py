@@ -60,6 +60,30 @@ def wait_until(what: str, test: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.5)
 
 
+def everything() -> str:
+    """Logs, events and objects of all pods, for people."""
+    parts = []
+    for command in (
+        ("get", "all,networkpolicies,endpointslices,persistentvolumeclaims", "-o", "wide"),
+        ("get", "events", "--sort-by=.lastTimestamp"),
+        ("describe", "pods"),
+    ):
+        parts.append(_output(*command))
+    for pod in get("pods"):
+        name = pod["metadata"]["name"]
+        parts.append(_output("logs", name, "--tail=200"))
+        if any(status["restartCount"] for status in pod["status"].get("containerStatuses", [])):
+            parts.append(_output("logs", name, "--previous", "--tail=200"))
+    return "\n".join(parts)
+
+
+def _output(*arguments: str) -> str:
+    try:
+        return f"--- kubectl {' '.join(arguments)}\n{kubectl(*arguments)}"
+    except CommandFailed as error:
+        return f"--- {error}"
+
+
 class Release:
     """An installed chart."""
 
@@ -111,7 +135,11 @@ def installed(name: str, *, wait: bool = True, **values: Any) -> Iterator[Releas
     """A release that is there for a block, and leaves what the documents say."""
     release = Release(name, {"prefill": SMALL, "decode": SMALL, "unified": SMALL})
     try:
-        release.apply(wait=wait, **values)
+        try:
+            release.apply(wait=wait, **values)
+        except CommandFailed:
+            print(everything())  # while it is there
+            raise
         yield release
     finally:
         helm("uninstall", name, "--wait", "--ignore-not-found")
@@ -123,7 +151,7 @@ class Pod:
     """A pod of ours beside the release, running a script from this folder."""
 
     def __init__(self, name: str, script: str, *arguments: str, claim: str | None = None) -> None:
-        """Start it; `claim` is mounted at /claim."""
+        """Start it; `claim` is mounted at /claim, for root to write."""
         self.name = name
         container = {
             "name": "main",
@@ -139,6 +167,7 @@ class Pod:
         }
         spec |= {"volumes": [{"name": "tmp", "emptyDir": {}}], "terminationGracePeriodSeconds": 1}
         if claim is not None:
+            container["securityContext"] = {"runAsUser": 0}
             container["volumeMounts"].append({"name": "claim", "mountPath": "/claim"})
             spec["volumes"].append({"name": "claim", "persistentVolumeClaim": {"claimName": claim}})
         spec["automountServiceAccountToken"] = False

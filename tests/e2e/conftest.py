@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from e2e.cluster import NAMESPACE, CommandFailed, get, kubectl, run
+from e2e.cluster import NAMESPACE, CommandFailed, everything, run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,28 +28,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
     """Add logs, events and objects of all pods to a failed test, while they are there."""
     report = yield
     if report.failed:
-        report.sections.append(("cluster", _everything()))
+        report.sections.append(("cluster", everything()))
     return report
-
-
-def _everything() -> str:
-    parts = []
-    for command in (
-        ("get", "all,networkpolicies,endpointslices,persistentvolumeclaims", "-o", "wide"),
-        ("get", "events", "--sort-by=.lastTimestamp"),
-        ("describe", "pods"),
-    ):
-        parts.append(_output(*command))
-    for pod in get("pods"):
-        name = pod["metadata"]["name"]
-        parts.append(_output("logs", name, "--tail=200"))
-        if any(status["restartCount"] for status in pod["status"].get("containerStatuses", [])):
-            parts.append(_output("logs", name, "--previous", "--tail=200"))
-    return "\n".join(parts)
-
-
-def _output(*arguments: str) -> str:
-    try:
-        return f"--- kubectl {' '.join(arguments)}\n{kubectl(*arguments)}"
-    except CommandFailed as error:
-        return f"--- {error}"

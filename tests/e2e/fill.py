@@ -5,4 +5,5 @@ from pathlib import Path
 
 (snapshot,) = Path("/opt/models").glob("models--*/snapshots/*")
 shutil.copytree(snapshot, "/claim/smol")
+Path("/claim").chmod(0o755)
 print('{"event": "filled"}')

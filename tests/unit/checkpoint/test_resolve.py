@@ -1,6 +1,7 @@
 """From what the user calls a model to its files, without a network."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,19 @@ def test_a_snapshot_in_the_hub_cache_needs_no_network(
         "huggingface_hub.try_to_load_from_cache", lambda model, file: str(folder / file), raising=True
     )
     assert resolve("someone/model").path == folder
+
+
+def test_files_that_may_not_be_read_end_in_a_sentence() -> None:
+    """A claim whose owner is another user: the pod must say so, not break."""
+    with tempfile.TemporaryDirectory() as top:
+        folder = make_checkpoint(Path(top) / "model")
+        hidden = next(folder.glob("*.safetensors"))
+        hidden.chmod(0)
+        Path(top).chmod(0o755)
+        was = os.geteuid()
+        os.seteuid(was or 65534)  # root may read everything
+        try:
+            with pytest.raises(ConfigError, match=rf"may not be read: .*{hidden.name} is not ours"):
+                resolve(str(folder))
+        finally:
+            os.seteuid(was)
