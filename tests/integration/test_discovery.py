@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -431,6 +432,37 @@ def test_pages_that_a_dead_pod_may_write_are_kept_until_it_has_ended(
         eventually(lambda: pages_in_use(leases=1) == few, "the second has ended, and the first not")
     finally:
         cluster.close()
+
+
+def test_a_router_answers_for_the_records_of_another(tmp_path: Path, server: ApiServer) -> None:
+    """Behind one Service a client's next request reaches any of them."""
+    checkpoint = make_checkpoint(tmp_path / "model")
+    with ExitStack() as stack:
+        routers = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            router = DiscoveredCluster(tmp_path / name, checkpoint, server)
+            routers.append(router)
+        one, other = routers
+        one.start_worker("decode-0")
+        stack.callback(one.close_workers)
+        one.publish(decode_0="ready")
+        for router in routers:
+            router.start_router(workers=[], discover="chat", peer_bind=f"tcp://127.0.0.1:{router.port}")
+            stack.callback(router.close_router)
+            endpoint = make_endpoint("127.0.0.1", pod=f"router-{router.port}")
+            name = f"router-{router.port}"
+            server.put(make_slice(name, [endpoint], service="chat-router-peers", port=router.port))
+        other.wait_ready("decode-0")
+        for asked, having in ((one, other), (other, one)):
+            answer = having.complete()
+            assert answer.status_code == 200
+            path = f"/disagg/requests/{answer.headers['x-request-id']}"
+            eventually(lambda: asked.http.get(path).status_code == 200, "they have met")  # noqa: B023
+            assert asked.http.get(path).json() == having.http.get(path).json()
+            assert asked.http.get("/disagg/requests/unknown").status_code == 404
+        assert one.stop() == 0
+        assert other.http.get(path).status_code == 404, "nobody has it any more"
 
 
 def test_the_router_ends_with_its_watch(cluster: DiscoveredCluster) -> None:
