@@ -60,24 +60,24 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
     model = config.model
     files = resolve(model.model)
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
-    connector = ZmqConnector(keys)
     pods = EndedPods()
     # Without discovery nobody tells of pods, and what waits for that would wait for ever.
     proofs = (ProcessProof.take, pods.take) if config.discover is not None else (ProcessProof.take,)
-    dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path), proofs)
-    peers = RouterPeers(connector)
-    service = RouterService(dispatcher, Ledger(config.routing.ledger_size), ask_peers=peers.ask)
-    app = create_app(
-        service,
-        text,
-        model.served_model_name or model.model,
-        api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
-        max_body_bytes=config.max_body_bytes,
-    )
     with ExitStack() as stack:
         # What is frozen is not collected at exit either, and nanobind reports it as leaked.
         stack.callback(gc.unfreeze)
+        connector = ZmqConnector(keys)
         stack.callback(connector.close)
+        dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path), proofs)
+        peers = RouterPeers(connector)
+        service = RouterService(dispatcher, Ledger(config.routing.ledger_size), ask_peers=peers.ask)
+        app = create_app(
+            service,
+            text,
+            model.served_model_name or model.model,
+            api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
+            max_body_bytes=config.max_body_bytes,
+        )
         stack.callback(dispatcher.close)
         stack.callback(peers.close)
         if config.peer_bind is not None:
