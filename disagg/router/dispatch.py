@@ -15,7 +15,6 @@ from disagg.config import LeaseConfig, RoutingConfig
 from disagg.errors import ConfigError
 from disagg.protocol import (
     PROTOCOL_VERSION,
-    Abort,
     Accepted,
     Failed,
     Fenced,
@@ -350,8 +349,8 @@ class Dispatcher:
             return
         log.info("worker back %s", fields(worker=worker.name, pid=welcome.pid))
         self.fences.on_back(welcome.uuid)
-        for key in worker.take_orphans():
-            worker.tell(Abort(*key))
+        for message in worker.take_orphans():
+            worker.tell(message)
 
     def _on_summary(
         self, worker: Worker, message: SummaryDelta | SummarySnapshot | SummaryDigest, now: float

@@ -78,6 +78,19 @@ def test_a_successor_at_the_same_address_leaves_the_proof_to_come(scene: Scene) 
     assert scene.is_told()
 
 
+def test_a_fence_is_told_when_the_link_to_decode_is_back(scene: Scene) -> None:
+    """A node that is lost takes others' links with it for a while; nothing else would tell it later."""
+    scene.prefill.die()
+    scene.decode.die()
+    scene.router.pods.add([ENDED])
+    scene.router.advance(0.1)
+    scene.decode.join()
+    assert scene.is_told()
+    scene.decode.die()
+    scene.decode.join()
+    assert not scene.is_told(), "once"
+
+
 @pytest.mark.parametrize("is_pod", [True, False])
 def test_whichever_proof_comes_first_counts(router: Harness, is_pod: bool) -> None:
     scene = Scene(router, is_here=True)
