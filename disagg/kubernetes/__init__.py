@@ -1,11 +1,13 @@
-"""Discovery: which workers and routers a release has, as the API server's EndpointSlices tell.
+"""Discovery: which members a release has and which of its pods have ended, as the API server tells.
 
 May import `errors` and `telemetry`. The official client shows in `client.py` alone and is imported
-when a release is followed, never before. Read `slices.py` first, which turns slices into members,
-then `watch.py`, which keeps the slices; `discovery.py` is the thread.
+when a release is followed, never before. Read `slices.py` first, which turns EndpointSlices into members,
+and `pods.py`, which finds the pods that have ended; then `watch.py`, which keeps objects of either kind;
+`discovery.py` is the threads.
 """
 
 from disagg.kubernetes.discovery import Discovery, follow_release
+from disagg.kubernetes.pods import PodEnd
 from disagg.kubernetes.slices import Condition, Member
 
-__all__ = ["Condition", "Discovery", "Member", "follow_release"]
+__all__ = ["Condition", "Discovery", "Member", "PodEnd", "follow_release"]

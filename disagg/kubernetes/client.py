@@ -6,16 +6,27 @@ to build than to use. Every failure of client, connection or content is an `ApiE
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
 
 from disagg.errors import ConfigError
-from disagg.kubernetes.slices import SERVICE_LABEL, EndpointSlice, Metadata
-from disagg.kubernetes.watch import ApiError, Bookmark, Changed, Event, Expired, Removed, SliceList
+from disagg.kubernetes.pods import INSTANCE_LABEL, Pod
+from disagg.kubernetes.slices import ROUTER_SERVICE, SERVICE_LABEL, WORKER_SERVICES, EndpointSlice
+from disagg.kubernetes.watch import (
+    ApiError,
+    Bookmark,
+    Changed,
+    Event,
+    Expired,
+    KubeObject,
+    Listed,
+    Metadata,
+    Removed,
+)
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 ANSWER_TIMEOUT_S = 10.0
@@ -26,6 +37,7 @@ SILENCE_S = 40.0
 GONE = 410
 
 T = TypeVar("T")
+K = TypeVar("K", bound=KubeObject)
 
 
 class _WatchEvent(Struct, frozen=True):
@@ -45,22 +57,46 @@ class _Status(Struct, frozen=True):
 class KubernetesApi:
     """One namespace of the cluster this process runs in, or of the current kubeconfig."""
 
-    def __init__(self, namespace: str | None, services: list[str]) -> None:
+    def __init__(self, namespace: str | None, release: str) -> None:
         """Find the cluster; nothing is asked of it yet.
 
         Raises:
             ConfigError: There is neither a service account nor a kubeconfig.
         """
         import kubernetes
-        import urllib3
 
         configuration, context_namespace = _find_cluster(kubernetes)
-        # One attempt each: `SliceWatch` tries again, and knows what it waits for.
+        # One attempt each: `Watch` tries again, and knows what it waits for.
         configuration.retries = False
-        self.namespace = namespace or context_namespace
-        self._selector = f"{SERVICE_LABEL} in ({','.join(services)})"
+        namespace = namespace or context_namespace
         self._client = kubernetes.client.ApiClient(configuration)
-        self._discovery = kubernetes.client.DiscoveryV1Api(self._client)
+        slices = kubernetes.client.DiscoveryV1Api(self._client).list_namespaced_endpoint_slice
+        services = ",".join(f"{release}-{name}" for name in (*WORKER_SERVICES, ROUTER_SERVICE))
+        self.slices = Resource(EndpointSlice, slices, namespace, f"{SERVICE_LABEL} in ({services})")
+        pods = kubernetes.client.CoreV1Api(self._client).list_namespaced_pod
+        self.pods = Resource(Pod, pods, namespace, f"{INSTANCE_LABEL}={release}")
+
+    def interrupt(self) -> None:
+        """End the watches that other threads wait in or are about to; there will be none after it."""
+        self.slices.interrupt()
+        self.pods.interrupt()
+
+    def close(self) -> None:
+        """Close every connection; no other thread may be asking."""
+        self._client.rest_client.close()
+
+
+class Resource(Generic[K]):
+    """The objects of one kind; see `Source`. `kind` is called as the API calls it."""
+
+    def __init__(self, kind: type[K], call: Callable[..., Any], namespace: str, selector: str) -> None:
+        import kubernetes
+        import urllib3
+
+        self._kind = kind
+        self._call = call
+        self._namespace = namespace
+        self._selector = selector
         self._failures = (
             kubernetes.client.OpenApiException,
             urllib3.exceptions.HTTPError,
@@ -71,18 +107,21 @@ class KubernetesApi:
         self._watching: Any = None
         self._is_interrupted = False
 
-    def list_slices(self) -> SliceList:
-        """Return every slice of the Services."""
+    def list(self) -> Listed[K]:
+        """Return every one."""
         with self._translated():
             response = self._ask((ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S))
             try:
                 body = response.read()
             finally:
                 response.release_conn()
-        return _decode(body, SliceList)
+        listed: Listed[K] = _decode(body, Listed[self._kind])  # type: ignore[name-defined]
+        if listed.kind != f"{self._kind.__name__}List":
+            raise ApiError(f"the API server answers {listed.kind} and not {self._kind.__name__}List")
+        return listed
 
-    def watch_slices(self, version: str) -> Iterator[Event]:
-        """Yield what has changed since `version`; see `Api`."""
+    def watch(self, version: str) -> Iterator[Event[K]]:
+        """Yield what has changed since `version`."""
         with self._translated():
             try:
                 response = self._ask(
@@ -100,7 +139,7 @@ class KubernetesApi:
             self._watching = response
             try:
                 for line in () if self._is_interrupted else _lines(response):
-                    yield _to_event(_decode(line, _WatchEvent))
+                    yield _to_event(_decode(line, _WatchEvent), self._kind)
             finally:
                 self._watching = None
                 response.close()  # not to be used again: it may hold the rest of an event
@@ -113,13 +152,9 @@ class KubernetesApi:
             with contextlib.suppress(*self._failures):
                 response.shutdown()
 
-    def close(self) -> None:
-        """Close every connection; no other thread may be asking."""
-        self._client.rest_client.close()
-
     def _ask(self, timeout: tuple[float, float], **options: Any) -> Any:
-        return self._discovery.list_namespaced_endpoint_slice(
-            self.namespace,
+        return self._call(
+            self._namespace,
             label_selector=self._selector,
             _preload_content=False,
             _request_timeout=timeout,
@@ -133,7 +168,7 @@ class KubernetesApi:
         except self._failures as error:
             status = getattr(error, "status", None)
             what = f"{status} {error.reason}" if isinstance(error, self._api_exception) else str(error)
-            raise ApiError(f"{type(error).__name__}: {what}") from error
+            raise ApiError(f"{self._kind.__name__}: {type(error).__name__}: {what}") from error
 
 
 def _find_cluster(kubernetes: Any) -> tuple[Any, str]:
@@ -170,7 +205,7 @@ def _decode(body: bytes, kind: type[T]) -> T:
         raise ApiError(f"the API server's answer is not understood: {error}") from error
 
 
-def _to_event(event: _WatchEvent) -> Event:
+def _to_event(event: _WatchEvent, kind: type[K]) -> Event[K]:
     match event.type:
         case "ERROR":
             status = _decode(bytes(event.object), _Status)
@@ -180,6 +215,6 @@ def _to_event(event: _WatchEvent) -> Event:
         case "BOOKMARK":
             return Bookmark(_decode(bytes(event.object), _Object).metadata.resource_version)
         case "DELETED":
-            return Removed(_decode(bytes(event.object), EndpointSlice))
+            return Removed(_decode(bytes(event.object), kind))
         case _:
-            return Changed(_decode(bytes(event.object), EndpointSlice))
+            return Changed(_decode(bytes(event.object), kind))

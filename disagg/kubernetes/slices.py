@@ -8,6 +8,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from disagg.kubernetes.watch import Metadata
+
 Condition = Literal["ready", "not_ready", "terminating"]
 
 SERVICE_LABEL = "kubernetes.io/service-name"
@@ -52,14 +54,6 @@ class Port(Struct, frozen=True):
 
     name: str | None = None
     port: int | None = None
-
-
-class Metadata(Struct, frozen=True, rename="camel"):
-    """Of any object."""
-
-    name: str = ""
-    resource_version: str = ""
-    labels: dict[str, str] | None = None
 
 
 class EndpointSlice(Struct, frozen=True, rename="camel"):

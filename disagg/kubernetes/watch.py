@@ -1,4 +1,4 @@
-"""Keeps the EndpointSlices of a release: lists them, follows the changes, lists again when told to.
+"""Keeps the objects of one kind: lists them, follows the changes, lists again when told to.
 
 An API server that is away changes nothing: what was known stays true until a whole list or an event
 says otherwise. Runs in a thread of its own; clock and waiting are injected.
@@ -7,12 +7,11 @@ says otherwise. Runs in a thread of its own; clock and waiting are injected.
 import logging
 import random
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
 from disagg.errors import DisaggError
-from disagg.kubernetes.slices import EndpointSlice, Metadata
 from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -27,24 +26,51 @@ class ApiError(DisaggError):
     """The API server did not answer as it should; nothing can be concluded from that."""
 
 
-class SliceList(Struct, frozen=True):
-    """All slices as of `metadata.resource_version`."""
+class Owner(Struct, frozen=True):
+    """Who made an object."""
 
-    kind: Literal["EndpointSliceList"]
+    kind: str = ""
+
+
+class Metadata(Struct, frozen=True, rename="camel"):
+    """Of any object."""
+
+    name: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    labels: dict[str, str] | None = None
+    owner_references: list[Owner] | None = None
+
+
+class KubeObject(Protocol):
+    """What is kept of an object must have these."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """Its name and version."""
+
+
+T = TypeVar("T", bound=KubeObject)
+
+
+class Listed(Struct, Generic[T], frozen=True):
+    """All objects as of `metadata.resource_version`."""
+
+    kind: str
     metadata: Metadata
-    items: list[EndpointSlice] | None
+    items: list[T] | None
 
 
-class Changed(Struct, frozen=True):
-    """A slice is new or another."""
+class Changed(Struct, Generic[T], frozen=True):
+    """An object is new or another."""
 
-    slice: EndpointSlice
+    object: T
 
 
-class Removed(Struct, frozen=True):
-    """A slice is gone."""
+class Removed(Struct, Generic[T], frozen=True):
+    """An object is gone; this is its last state."""
 
-    slice: EndpointSlice
+    object: T
 
 
 class Bookmark(Struct, frozen=True):
@@ -57,25 +83,26 @@ class Expired(Struct, frozen=True):
     """The version is too old to follow on from: list again."""
 
 
-Event = Changed | Removed | Bookmark | Expired
+Event = Changed[T] | Removed[T] | Bookmark | Expired
 
 
-class Api(Protocol):
+class Source(Protocol[T]):
     """What is asked of the API server. Both raise `ApiError`."""
 
-    def list_slices(self) -> SliceList:
-        """Return every slice there is."""
+    def list(self) -> Listed[T]:
+        """Return every object there is."""
 
-    def watch_slices(self, version: str) -> Iterator[Event]:
+    def watch(self, version: str) -> Iterator[Event[T]]:
         """Yield what has changed since `version`; ends when the server ends it, within a minute."""
 
 
-class SliceWatch:
-    """Follows the slices and tells of them after each change.
+class Watch(Generic[T]):
+    """Follows objects and tells of them after each change.
 
     Args:
-        api: Where they are.
-        tell: Given all slices after each list and each change.
+        source: Where they are.
+        tell: Given all objects after each list and each change; and where the change is that one is
+            gone, that one's last state.
         wait: Waits so many seconds; True when it is time to stop.
         clock: Seconds.
         jitter: From 0 to 1; routers that lost the API server together do not come back together.
@@ -83,19 +110,19 @@ class SliceWatch:
 
     def __init__(
         self,
-        api: Api,
-        tell: Callable[[list[EndpointSlice]], None],
+        source: Source[T],
+        tell: Callable[[list[T], T | None], None],
         *,
         wait: Callable[[float], bool],
         clock: Callable[[], float],
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._api = api
+        self._source = source
         self._tell = tell
         self._wait = wait
         self._clock = clock
         self._jitter = jitter
-        self._slices: dict[str, EndpointSlice] = {}
+        self._objects: dict[str, T] = {}
         self._version: str | None = None
         """To follow on from; None where a list is needed."""
         self._failures = 0
@@ -107,7 +134,7 @@ class SliceWatch:
                 is_fine = self._turn()
             except ApiError as error:
                 if not self._failures:
-                    log.warning("API server lost, members stay as they are %s", fields(error=error))
+                    log.warning("API server lost, what it told stays %s", fields(error=error))
                 is_fine = False
             self._failures = 0 if is_fine else self._failures + 1
 
@@ -117,9 +144,9 @@ class SliceWatch:
             self._list()
             assert self._version is not None
         began_at, is_fine = self._clock(), False
-        for event in self._api.watch_slices(self._version):
+        for event in self._source.watch(self._version):
             if isinstance(event, Expired):
-                log.info("slices are listed again %s", fields(version=self._version))
+                log.info("objects are listed again %s", fields(version=self._version))
                 self._version = None
                 # At once, but not for ever: a server may find each of its versions too old.
                 return is_fine
@@ -137,22 +164,23 @@ class SliceWatch:
             self._failures = 0
 
     def _list(self) -> None:
-        listed = self._api.list_slices()
-        self._slices = {part.metadata.name: part for part in listed.items or []}
+        listed = self._source.list()
+        self._objects = {item.metadata.name: item for item in listed.items or []}
         self._version = listed.metadata.resource_version
-        self._tell(list(self._slices.values()))
+        self._tell(list(self._objects.values()), None)
 
-    def _on_event(self, event: Changed | Removed | Bookmark) -> None:
+    def _on_event(self, event: Changed[T] | Removed[T] | Bookmark) -> None:
         if isinstance(event, Bookmark):
             self._version = event.resource_version
             return
-        metadata = event.slice.metadata
+        metadata, removed = event.object.metadata, None
         self._version = metadata.resource_version
         if isinstance(event, Changed):
-            self._slices[metadata.name] = event.slice
+            self._objects[metadata.name] = event.object
         else:
-            self._slices.pop(metadata.name, None)
-        self._tell(list(self._slices.values()))
+            self._objects.pop(metadata.name, None)
+            removed = event.object
+        self._tell(list(self._objects.values()), removed)
 
 
 def backoff_s(failures: int, jitter: float) -> float:

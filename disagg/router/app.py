@@ -26,6 +26,7 @@ from disagg.router.ledger import Ledger
 from disagg.router.links import ZmqConnector, check_address
 from disagg.router.membership import Membership
 from disagg.router.peers import PeerServer, RouterPeers
+from disagg.router.proofs import EndedPods, ProcessProof, TakeProof
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
 from disagg.security import ApiKeys, KeyRing, admission, tls_context
@@ -59,28 +60,31 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
     model = config.model
     files = resolve(model.model)
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
-    connector = ZmqConnector(keys)
-    dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path))
-    peers = RouterPeers(connector)
-    service = RouterService(dispatcher, Ledger(config.routing.ledger_size), ask_peers=peers.ask)
-    app = create_app(
-        service,
-        text,
-        model.served_model_name or model.model,
-        api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
-        max_body_bytes=config.max_body_bytes,
-    )
+    pods = EndedPods()
+    # Without discovery nobody tells of pods, and what waits for that would wait for ever.
+    proofs = (ProcessProof.take, pods.take) if config.discover is not None else (ProcessProof.take,)
     with ExitStack() as stack:
         # What is frozen is not collected at exit either, and nanobind reports it as leaked.
         stack.callback(gc.unfreeze)
+        connector = ZmqConnector(keys)
         stack.callback(connector.close)
+        dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path), proofs)
+        peers = RouterPeers(connector)
+        service = RouterService(dispatcher, Ledger(config.routing.ledger_size), ask_peers=peers.ask)
+        app = create_app(
+            service,
+            text,
+            model.served_model_name or model.model,
+            api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
+            max_body_bytes=config.max_body_bytes,
+        )
         stack.callback(dispatcher.close)
         stack.callback(peers.close)
         if config.peer_bind is not None:
             stack.enter_context(admission(connector.context, keys))
             asked = PeerServer(connector.context, config.peer_bind, keys, service.own_record)
             stack.callback(asked.close)
-        discovery = _make_discovery(config, dispatcher, peers)
+        discovery = _make_discovery(config, dispatcher, peers, pods)
         server = HttpServer(app, config.host, config.port, _make_tls(config))
         # What has been made until here stays: no collection looks at it again.
         gc.collect()
@@ -93,11 +97,14 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         return await _Process(dispatcher, service, server, config.lease.drain_seconds).run(ready)
 
 
-def _make_discovery(config: RouterConfig, dispatcher: Dispatcher, peers: RouterPeers) -> Discovery | None:
+def _make_discovery(
+    config: RouterConfig, dispatcher: Dispatcher, peers: RouterPeers, pods: EndedPods
+) -> Discovery | None:
     if config.discover is None:
         return None
     on_workers = Membership(dispatcher).on_members
-    return follow_release(config.discover, config.discover_namespace, on_workers, peers.on_members)
+    namespace = config.discover_namespace
+    return follow_release(config.discover, namespace, on_workers, peers.on_members, pods.add)
 
 
 def _make_tls(config: RouterConfig) -> ssl.SSLContext | None:
@@ -108,7 +115,9 @@ def _make_tls(config: RouterConfig) -> ssl.SSLContext | None:
     return tls_context(Path(config.tls_certificate), Path(config.tls_key))
 
 
-def _make_dispatcher(config: RouterConfig, connector: ZmqConnector, tokenizer: str) -> Dispatcher:
+def _make_dispatcher(
+    config: RouterConfig, connector: ZmqConnector, tokenizer: str, proofs: tuple[TakeProof, ...]
+) -> Dispatcher:
     series = CollectorRegistry()
     ProcessCollector(registry=series)
     # The leases are counted when asked, by what is made with the metrics in hand.
@@ -121,6 +130,7 @@ def _make_dispatcher(config: RouterConfig, connector: ZmqConnector, tokenizer: s
         routing=config.routing,
         lease=config.lease,
         tokenizer_hash=tokenizer,
+        proofs=proofs,
     )
     return dispatcher
 

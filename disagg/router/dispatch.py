@@ -15,7 +15,6 @@ from disagg.config import LeaseConfig, RoutingConfig
 from disagg.errors import ConfigError
 from disagg.protocol import (
     PROTOCOL_VERSION,
-    Abort,
     Accepted,
     Failed,
     Fenced,
@@ -36,11 +35,12 @@ from disagg.protocol import (
     Tokens,
     Welcome,
 )
-from disagg.router.fences import FenceBook, ProcessProof
+from disagg.router.fences import FenceBook
 from disagg.router.hashes import PromptHashes
 from disagg.router.links import Connector
 from disagg.router.pairing import why_refused
 from disagg.router.policy import Impossible, Placement, Stranded, Wait, decide, with_held
+from disagg.router.proofs import ProcessProof, Proof, TakeProof
 from disagg.router.queue import WaitQueue
 from disagg.router.registry import Registry, Worker
 from disagg.router.sequence import Sequence
@@ -73,7 +73,7 @@ class Dispatcher:
         lease: LeaseConfig,
         clock: Clock = time.monotonic,
         tokenizer_hash: str | None = None,
-        prove: Callable[[str, list[int]], ProcessProof | None] = ProcessProof.take,
+        proofs: tuple[TakeProof, ...] = (ProcessProof.take,),
     ) -> None:
         self.registry = registry
         self.metrics = metrics
@@ -86,7 +86,7 @@ class Dispatcher:
         self._routing = routing
         self._clock = clock
         self._tokenizer_hash = tokenizer_hash
-        self._prove = prove
+        self._take_proofs = proofs
         self._sequences: dict[str, Sequence] = {}
         self._stranded: dict[str, tuple[float, Sequence]] = {}
         """By transfer id: since when, and who waits for a worker of the model that began it."""
@@ -96,7 +96,8 @@ class Dispatcher:
         self._is_poked = False
         self._no_decode_since: float | None = None
         self._slow_tick_at = 0.0
-        self._proofs: dict[str, ProcessProof | None] = {}
+        self._proofs: dict[str, list[Proof]] = {}
+        """By the uuid of a process that has said who it is."""
 
     # --- life --------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class Dispatcher:
             sequence.on_worker_lost(worker, now)
         assert not worker.decodes
         assert not worker.prefills
-        self.fences.on_lost(worker, self._proofs.get(worker.uuid))
+        self.fences.on_lost(worker, self._proofs.get(worker.uuid, []))
         self._is_poked = True
 
     def on_message(self, worker: Worker, message: FromWorker) -> None:
@@ -339,7 +340,8 @@ class Dispatcher:
             worker.refuse(welcome, refused, now)  # whatever else it says may mean something else
             return
         if worker.on_welcome(welcome, now, refused):
-            self._proofs[welcome.uuid] = self._prove(worker.address, welcome.rank_pids)
+            taken = [take(worker.address, welcome) for take in self._take_proofs]
+            self._proofs[welcome.uuid] = [proof for proof in taken if proof is not None]
             log.info(
                 "worker found %s",
                 fields(worker=worker.name, role=welcome.role, pid=welcome.pid, state=welcome.state),
@@ -347,8 +349,8 @@ class Dispatcher:
             return
         log.info("worker back %s", fields(worker=worker.name, pid=welcome.pid))
         self.fences.on_back(welcome.uuid)
-        for key in worker.take_orphans():
-            worker.tell(Abort(*key))
+        for message in worker.take_orphans():
+            worker.tell(message)
 
     def _on_summary(
         self, worker: Worker, message: SummaryDelta | SummarySnapshot | SummaryDigest, now: float

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from disagg.protocol import Abort, KvLayout, Load, RejectReason, ToWorker, Welcome, WorkerState
+from disagg.protocol import Abort, Fenced, KvLayout, Load, RejectReason, ToWorker, Welcome, WorkerState
 from disagg.router.backlog import Backlog
 from disagg.router.hashes import PromptHashes
 from disagg.router.pairing import KvTerms, kv_terms, why_incompatible
@@ -68,8 +68,8 @@ class Worker:
         """Pages asked for since the last Load."""
         self.is_full = False
         """It refused for want of room, and nothing has ended there since."""
-        self.orphans: list[tuple[str, int]] = []
-        """Attempts given up while it could not be told; aborted when the same process is back."""
+        self.orphans: list[Abort | Fenced] = []
+        """What gives pages back and could not be told; told when the same process is back."""
         self._foreign = 0
 
     @property
@@ -143,18 +143,21 @@ class Worker:
         """Send. What must be let go of and cannot be told now is told when the same process is back."""
         if self.is_up and self.link is not None and self.link.send(message):
             return
-        if isinstance(message, Abort):
-            self.note_orphan(message.transfer_id, message.generation)
+        if isinstance(message, Abort | Fenced):
+            self._note(message)
 
-    def take_orphans(self) -> list[tuple[str, int]]:
-        """Return the attempts to abort, once."""
+    def take_orphans(self) -> list[Abort | Fenced]:
+        """Return what is to be told, in order, once."""
         orphans, self.orphans = self.orphans, []
         return orphans
 
     def note_orphan(self, transfer_id: str, generation: int) -> None:
         """Remember an attempt that could not be aborted. Past the bound expiry frees it."""
+        self._note(Abort(transfer_id, generation))
+
+    def _note(self, message: Abort | Fenced) -> None:
         if len(self.orphans) < MAX_ORPHANS:
-            self.orphans.append((transfer_id, generation))
+            self.orphans.append(message)
 
     def facts(self, matched_pages: int, now: float) -> WorkerFacts:
         """Describe a ready worker to the policy."""

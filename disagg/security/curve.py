@@ -88,11 +88,12 @@ def admission(context: "zmq.Context[Any]", ring: KeyRing | None) -> Iterator[Non
         yield
         return
     authenticator = ThreadAuthenticator(context)
-    authenticator.start()
-    authenticator.configure_curve_callback(DOMAIN, _Doorkeeper(ring))
     try:
+        authenticator.start()
+        authenticator.configure_curve_callback(DOMAIN, _Doorkeeper(ring))
         yield
     finally:
+        # Also after a start that failed: to end the context would wait for its sockets for ever.
         authenticator.stop()
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import product
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import zmq
+import zmq.auth.thread
 from zmq.utils.monitor import recv_monitor_message
 
 from disagg.protocol import PROTOCOL_VERSION, FromWorker, Hello, Load, PeerFence, encode
@@ -52,6 +54,23 @@ class Bench:
     def keys(self, name: str, **names: str) -> KeyRing:
         """Another process's ring, read every time."""
         return KeyRing(KeyFolder(self.folder / name, **names).path, self.clock)
+
+
+def test_a_zap_thread_that_is_late_to_start_leaves_no_socket_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine; to end the context would then wait for ever."""
+
+    class NeverSeen(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            del timeout
+            return False
+
+    monkeypatch.setattr(zmq.auth.thread, "Event", NeverSeen)
+    ring = KeyRing(KeyFolder(tmp_path / "keys", current="a").path)
+    with zmq.Context() as context:  # noqa: SIM117 - warns of what is left open, after the rest
+        with pytest.raises(RuntimeError, match="failed to start"), admission(context, ring):
+            pytest.fail("nobody answers for the servers")
 
 
 @asynccontextmanager

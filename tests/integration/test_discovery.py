@@ -6,23 +6,22 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from disagg.errors import ConfigError
-from disagg.kubernetes import Member, client, discovery, follow_release
+from disagg.kubernetes import Member, PodEnd, client, discovery, follow_release
 from disagg.kubernetes.client import KubernetesApi
 from disagg.kubernetes.slices import EndpointSlice
-from disagg.kubernetes.watch import ApiError, Changed, Expired, Removed, SliceWatch
-from support.api_server import ApiServer, make_endpoint, make_slice
+from disagg.kubernetes.watch import ApiError, Changed, Expired, Removed, Watch
+from support.api_server import ApiServer, make_endpoint, make_pod, make_slice
 from support.checkpoints import make_checkpoint
 from support.clock import FakeClock
 from support.cluster import Cluster
 from support.system import eventually
-
-SERVICES = ["chat-prefill", "chat-decode", "chat-unified"]
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiServe
 
 @pytest.fixture
 def api(server: ApiServer) -> Iterator[KubernetesApi]:
-    api = KubernetesApi(None, SERVICES)
+    api = KubernetesApi(None, "chat")
     yield api
     api.close()
 
@@ -48,19 +47,21 @@ def api(server: ApiServer) -> Iterator[KubernetesApi]:
 
 def test_a_list_is_of_the_services_in_the_namespace(server: ApiServer, api: KubernetesApi) -> None:
     server.put(make_slice("a", [make_endpoint("10.0.0.7")]))
-    listed = api.list_slices()
+    listed = api.slices.list()
     assert listed.items is not None
     assert [part.service for part in listed.items] == ["chat-decode"]
     assert listed.metadata.resource_version == "101"
     kind, query = server.requests.get_nowait()
     assert kind == "list"
     assert query["path"] == "/apis/discovery.k8s.io/v1/namespaces/team/endpointslices"
-    assert query["labelSelector"] == "kubernetes.io/service-name in (chat-prefill,chat-decode,chat-unified)"
+    assert query["labelSelector"] == (
+        "kubernetes.io/service-name in (chat-prefill,chat-decode,chat-unified,chat-router-peers)"
+    )
 
 
 def test_the_namespace_can_be_another(server: ApiServer) -> None:
-    api = KubernetesApi("other", SERVICES)
-    api.list_slices()
+    api = KubernetesApi("other", "chat")
+    api.slices.list()
     assert "/namespaces/other/" in server.requests.get_nowait()[1]["path"]
     api.close()
 
@@ -73,7 +74,7 @@ def test_a_watch_tells_what_has_changed_and_ends_when_the_server_ends_it(
     server.put(make_slice("a", [make_endpoint("10.0.0.7")]))
     server.delete("a")
     events = []
-    for event in api.watch_slices("101"):
+    for event in api.slices.watch("101"):
         events.append(event)
         if len(events) == 3:
             server.end_watches()
@@ -89,7 +90,7 @@ def test_a_version_that_is_too_old_is_told(
 ) -> None:
     server.expire_within = expire_within
     server.forget()
-    assert list(api.watch_slices("7")) == [Expired()]
+    assert list(api.slices.watch("7")) == [Expired()]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def test_a_version_that_is_too_old_is_told(
         (200, b"<html>a proxy's page</html>"),
         (200, b"{}"),
         (200, b'{"kind":"Status","metadata":{}}'),
+        (200, b'{"kind":"PodList","metadata":{},"items":[]}'),
         (200, b""),
     ],
 )
@@ -110,15 +112,15 @@ def test_what_is_no_list_is_an_error_and_not_an_empty_list(
     """Read as an empty list it would end every worker's service."""
     server.list_answers.append((status, body))
     with pytest.raises(ApiError):
-        api.list_slices()
+        api.slices.list()
 
 
 def test_a_server_that_is_away_is_an_error(server: ApiServer, api: KubernetesApi) -> None:
     server.stop()
     with pytest.raises(ApiError):
-        api.list_slices()
+        api.slices.list()
     with pytest.raises(ApiError):
-        list(api.watch_slices("1"))
+        list(api.slices.watch("1"))
 
 
 def test_a_connection_that_is_half_dead_is_noticed(
@@ -128,14 +130,14 @@ def test_a_connection_that_is_half_dead_is_noticed(
     monkeypatch.setattr(client, "SILENCE_S", 0.2)
     server.silent.set()
     with pytest.raises(ApiError, match="timed out"):
-        list(api.watch_slices("100"))
+        list(api.slices.watch("100"))
 
 
 def test_without_a_cluster_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="discover needs a service account"):
-        KubernetesApi(None, SERVICES)
+        KubernetesApi(None, "chat")
 
 
 # --- following -----------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def test_five_minutes_without_the_api_server_change_nothing(server: ApiServer, a
     told: list[list[EndpointSlice]] = []
     began_at = clock.now
 
-    def tell(slices: list[EndpointSlice]) -> None:
+    def tell(slices: list[EndpointSlice], _: EndpointSlice | None) -> None:
         told.append(slices)
         if len(told) == 1:
             server.stop()
@@ -163,7 +165,7 @@ def test_five_minutes_without_the_api_server_change_nothing(server: ApiServer, a
             server.put(make_slice("b", [make_endpoint("10.0.0.8", pod="b")]))
         return len(told) == 2
 
-    SliceWatch(api, tell, wait=wait, clock=clock).run()
+    Watch(api.slices, tell, wait=wait, clock=clock).run()
     assert clock.now - began_at >= 300
     assert [sorted(part.metadata.name for part in slices) for slices in told] == [["a"], ["a", "b"]]
 
@@ -174,13 +176,14 @@ class Followed:
     def __init__(self) -> None:
         self.told: queue.Queue[dict[str, str]] = queue.Queue()
         self.routers: queue.Queue[list[str]] = queue.Queue()
+        self.ended: queue.Queue[set[str]] = queue.Queue()
         self._stop: Callable[[], Any]
         started = threading.Event()
 
         async def main() -> None:
             loop, stopping = asyncio.get_running_loop(), asyncio.Event()
             self._stop = lambda: loop.call_soon_threadsafe(stopping.set)
-            found = follow_release("chat", None, self._on_members, self._on_routers)
+            found = follow_release("chat", None, self._on_members, self._on_routers, self._on_ended)
             found.start()
             started.set()
             await stopping.wait()
@@ -196,6 +199,9 @@ class Followed:
     def _on_routers(self, members: Mapping[str, Member]) -> None:
         self.routers.put(list(members))
 
+    def _on_ended(self, ends: frozenset[PodEnd]) -> None:
+        self.ended.put({end.name for end in ends})
+
     def next(self) -> dict[str, str]:
         return self.told.get(timeout=10)
 
@@ -203,7 +209,9 @@ class Followed:
         self._stop()
         self.thread.join(10)
         assert not self.thread.is_alive()
-        assert not [t for t in threading.enumerate() if t.name == "discovery"], "its thread has ended"
+        assert not [t for t in threading.enumerate() if t.name.startswith("discovery")], (
+            "its threads have ended"
+        )
 
 
 @pytest.fixture
@@ -258,10 +266,44 @@ def test_it_stops_in_the_middle_of_a_silent_watch(server: ApiServer) -> None:
     server.silent.set()
     followed = Followed()
     followed.next()
-    eventually(lambda: server.num_watchers == 1, "it watches")
+    eventually(lambda: server.num_watchers() == server.num_watchers("Pod") == 1, "it watches")
     followed.stop()
     server.end_watches()
     assert discovery.STOP_S < client.SILENCE_S, "else the test shows nothing"
+
+
+def test_ends_of_pods_are_told_and_nothing_else_of_them(server: ApiServer, followed: Followed) -> None:
+    """An object that vanishes is no end; a label selects the release's."""
+    assert followed.next() == {}
+    eventually(lambda: server.num_watchers("Pod") == 1, "it watches")
+    for name in ("a", "b"):
+        server.put(make_pod(name, "Running", "10.0.0.7"))
+    server.delete("a", "Pod")
+    server.put(make_pod("b", "Failed", "10.0.0.7"))
+    assert followed.ended.get(timeout=10) == {"b"}
+    selectors = {query["path"]: query["labelSelector"] for _, query in list(server.requests.queue)}
+    assert selectors["/api/v1/namespaces/team/pods"] == "app.kubernetes.io/instance=chat"
+
+
+def test_an_end_that_a_compaction_hid_is_found_by_listing_again(
+    server: ApiServer, followed: Followed
+) -> None:
+    server.put(make_pod("a", "Running", "10.0.0.7"))
+    eventually(lambda: server.num_watchers("Pod") == 1, "it watches")
+    server.stop()
+    server.put(make_pod("a", "Failed", "10.0.0.7"))
+    server.forget()
+    server.start()
+    assert followed.ended.get(timeout=10) == {"a"}
+
+
+def test_who_may_not_see_pods_still_finds_members(server: ApiServer) -> None:
+    server.is_forbidden.add("Pod")
+    followed = Followed()
+    assert followed.next() == {}
+    server.put(make_slice("s", [make_endpoint("10.0.0.7", pod="a")]))
+    assert followed.next() == {"a": "ready"}
+    followed.stop()
 
 
 # --- the router ----------------------------------------------------------------------------------
@@ -278,8 +320,10 @@ class DiscoveredCluster(Cluster):
         self._hosts: dict[str, str] = {}
 
     def address(self, name: str) -> str:
-        host = self._hosts.setdefault(name, f"127.0.0.{len(self._hosts) + 2}")
-        return f"tcp://{host}:{self.port}"
+        return f"tcp://{self.host(name)}:{self.port}"
+
+    def host(self, name: str) -> str:
+        return self._hosts.setdefault(name, f"127.0.0.{len(self._hosts) + 2}")
 
     def publish(self, **conditions: str | None) -> None:
         """Say of each worker how it is; None takes it out."""
@@ -344,6 +388,81 @@ def test_traffic_goes_on_while_the_api_server_is_away(cluster: DiscoveredCluster
     cluster.server.start()
     cluster.publish(decode_2="ready")
     cluster.wait_ready("decode-2")
+
+
+def test_pages_that_a_dead_pod_may_write_are_kept_until_it_has_ended(
+    tmp_path: Path, server: ApiServer
+) -> None:
+    """Not when its object vanishes: who force-deletes a pod does not stop its process."""
+    cluster = DiscoveredCluster(tmp_path, make_checkpoint(tmp_path / "model"), server)
+    cluster.start_worker("decode-0")
+    cluster.publish(decode_0="ready")
+    cluster.start_router(workers=[], discover="chat")
+
+    def pages_in_use(leases: int) -> int | None:
+        """Of the decode worker, once it holds so many leases and runs nothing."""
+        workers = {w["id"]: w for w in cluster.http.get("/disagg/workers").json()}
+        decode = workers["decode-0"]
+        return (
+            int(decode["pages"]["in_use"]) if (decode["running"], decode["leases"]) == (0, leases) else None
+        )
+
+    def lose_while_kv_moves(name: str, prompt: str) -> None:
+        # Its pid is of another namespace: nothing on this machine proves its end.
+        cluster.start_worker(name, kv_s=600.0, pid=1)
+        server.put(make_pod(name, "Running", cluster.host(name)))
+        cluster.publish(**{name.replace("-", "_"): "ready"})
+        cluster.wait_ready(name)
+
+        def on_event(count: int) -> None:
+            if count == 1:
+                cluster.kill(name)
+
+        cluster.stream(on_event, prompt=prompt)
+        cluster.publish(**{name.replace("-", "_"): None})
+        eventually(lambda: name not in cluster.states(), "it is let go of")
+
+    try:
+        lose_while_kv_moves("prefill-0", "a" * 40)
+        few = eventually(lambda: pages_in_use(leases=1), "its pages are quarantined")
+        lose_while_kv_moves("prefill-1", "b" * 400)
+        eventually(lambda: (pages_in_use(leases=2) or 0) > 2 * few, "so are those of the second")
+        server.delete("prefill-0", "Pod")
+        server.put(make_pod("prefill-1", "Failed"))  # its address as it was before
+        eventually(lambda: pages_in_use(leases=1) == few, "the second has ended, and the first not")
+    finally:
+        cluster.close()
+
+
+def test_a_router_answers_for_the_records_of_another(tmp_path: Path, server: ApiServer) -> None:
+    """Behind one Service a client's next request reaches any of them."""
+    checkpoint = make_checkpoint(tmp_path / "model")
+    with ExitStack() as stack:
+        routers = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            router = DiscoveredCluster(tmp_path / name, checkpoint, server)
+            routers.append(router)
+        one, other = routers
+        one.start_worker("decode-0")
+        stack.callback(one.close_workers)
+        one.publish(decode_0="ready")
+        for router in routers:
+            router.start_router(workers=[], discover="chat", peer_bind=f"tcp://127.0.0.1:{router.port}")
+            stack.callback(router.close_router)
+            endpoint = make_endpoint("127.0.0.1", pod=f"router-{router.port}")
+            name = f"router-{router.port}"
+            server.put(make_slice(name, [endpoint], service="chat-router-peers", port=router.port))
+        other.wait_ready("decode-0")
+        for asked, having in ((one, other), (other, one)):
+            answer = having.complete()
+            assert answer.status_code == 200
+            path = f"/disagg/requests/{answer.headers['x-request-id']}"
+            eventually(lambda: asked.http.get(path).status_code == 200, "they have met")  # noqa: B023
+            assert asked.http.get(path).json() == having.http.get(path).json()
+            assert asked.http.get("/disagg/requests/unknown").status_code == 404
+        assert one.stop() == 0
+        assert other.http.get(path).status_code == 404, "nobody has it any more"
 
 
 def test_the_router_ends_with_its_watch(cluster: DiscoveredCluster) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,21 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Bench:
-    """Two routers' ends: `a` asks, `b` has the record `r1`."""
+    """Two routers' ends: `a` asks, `b` has the record `r1`. What it is made of ends with `stack`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "current").write_bytes(bytes(range(32)))
         self.ring = KeyRing(folder)
         self.connector = ZmqConnector(self.ring)
+        stack.callback(self.connector.close)
+        self.peers = RouterPeers(self.connector)
+        stack.callback(self.peers.close)
+        stack.enter_context(admission(self.connector.context, self.ring))
         self.asked: list[str] = []
         self.server = PeerServer(self.connector.context, "tcp://127.0.0.1:*", self.ring, self._find)
+        stack.callback(self.server.close)
         self.address = self.server.address
-        self.peers = RouterPeers(self.connector)
 
     def _find(self, request_id: str) -> bytes | None:
         self.asked.append(request_id)
@@ -49,14 +54,8 @@ class Bench:
 
 def run(folder: Path, test: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
-        bench = Bench(folder / "keys")
-        try:
-            with admission(bench.connector.context, bench.ring):
-                await test(bench)
-        finally:
-            bench.peers.close()
-            bench.server.close()
-            bench.connector.close()
+        with ExitStack() as stack:
+            await test(Bench(folder / "keys", stack))
 
     asyncio.run(main())
 

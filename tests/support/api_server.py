@@ -51,14 +51,33 @@ def make_slice(
     }
 
 
+def make_pod(
+    name: str,
+    phase: str = "Running",
+    *ips: str,
+    uid: str | None = None,
+    owner: str | None = "ReplicaSet",
+) -> dict[str, Any]:
+    status: dict[str, Any] = {"phase": phase}
+    if ips:
+        status |= {"podIP": ips[0], "podIPs": [{"ip": ip} for ip in ips]}
+    metadata: dict[str, Any] = {"name": name, "uid": uid or f"uid-{name}", "namespace": "default"}
+    if owner is not None:
+        metadata["ownerReferences"] = [{"kind": owner, "name": "owner", "controller": True}]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
+
+
 class ApiServer:
-    """Slices, their versions and their watchers. Stop it and start it again: the port stays the same."""
+    """Slices and pods, their versions and their watchers. Stop it and start it again: the port stays."""
 
     def __init__(self) -> None:
-        self.slices: dict[str, dict[str, Any]] = {}
+        self.objects: dict[str, dict[str, dict[str, Any]]] = {"EndpointSlice": {}, "Pod": {}}
+        """By kind and name."""
         self.version = 100
         self.oldest = 0
         """Watches from before are answered 410."""
+        self.is_forbidden: set[str] = set()
+        """Kinds that this account may not ask for."""
         self.silent = threading.Event()
         """Set, watches are accepted and then nothing is ever said: their connections are half dead."""
         self.expire_within = False
@@ -67,8 +86,8 @@ class ApiServer:
         """Answer the next lists so."""
         self.requests: queue.Queue[tuple[str, dict[str, str]]] = queue.Queue()
         """(list or watch, query), as they come."""
-        self._history: list[tuple[int, dict[str, Any]]] = []
-        self._watchers: list[queue.Queue[Any]] = []
+        self._history: list[tuple[int, str, dict[str, Any]]] = []
+        self._watchers: list[tuple[str, queue.Queue[Any]]] = []
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
@@ -95,19 +114,19 @@ class ApiServer:
     def is_up(self) -> bool:
         return self._server is not None
 
-    @property
-    def num_watchers(self) -> int:
-        return len(self._watchers)
+    def num_watchers(self, kind: str = "EndpointSlice") -> int:
+        return sum(watched == kind for watched, _ in self._watchers)
 
     def put(self, part: dict[str, Any]) -> None:
         with self._lock:
-            kind = "MODIFIED" if part["metadata"]["name"] in self.slices else "ADDED"
-            self.slices[part["metadata"]["name"]] = part
-            self._tell(kind, part)
+            known, name = self.objects[part["kind"]], part["metadata"]["name"]
+            change = "MODIFIED" if name in known else "ADDED"
+            known[name] = part
+            self._tell(change, part)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, kind: str = "EndpointSlice") -> None:
         with self._lock:
-            self._tell("DELETED", self.slices.pop(name))
+            self._tell("DELETED", self.objects[kind].pop(name))
 
     def bookmark(self) -> None:
         with self._lock:
@@ -123,7 +142,7 @@ class ApiServer:
     def end_watches(self) -> None:
         """End every watch, as a server does in time."""
         with self._lock:
-            for watcher in self._watchers:
+            for _, watcher in self._watchers:
                 watcher.put(END)
 
     def write_kubeconfig(self, path: Path, namespace: str = "default") -> Path:
@@ -140,37 +159,38 @@ class ApiServer:
         path.write_text(json.dumps(config))
         return path
 
-    def _tell(self, kind: str, part: dict[str, Any]) -> None:
+    def _tell(self, change: str, part: dict[str, Any]) -> None:
         self.version += 1
         part["metadata"]["resourceVersion"] = str(self.version)
-        event = {"type": kind, "object": json.loads(json.dumps(part))}
-        self._history.append((self.version, event))
-        for watcher in self._watchers:
-            watcher.put(event)
+        event = {"type": change, "object": json.loads(json.dumps(part))}
+        self._history.append((self.version, part["kind"], event))
+        for kind, watcher in self._watchers:
+            if kind == part["kind"]:
+                watcher.put(event)
 
-    def listed(self) -> tuple[int, bytes]:
+    def listed(self, kind: str) -> tuple[int, bytes]:
         with self._lock:
             if self.list_answers:
                 return self.list_answers.pop(0)
-            items = list(self.slices.values())
+            if kind in self.is_forbidden:
+                return 403, b'{"kind":"Status","message":"forbidden"}'
+            items = list(self.objects[kind].values())
             metadata = {"resourceVersion": str(self.version)}
-            return 200, json.dumps(
-                {"kind": "EndpointSliceList", "metadata": metadata, "items": items}
-            ).encode()
+            return 200, json.dumps({"kind": f"{kind}List", "metadata": metadata, "items": items}).encode()
 
     @contextmanager
-    def watching(self, since: int) -> Iterator["queue.Queue[Any]"]:
+    def watching(self, kind: str, since: int) -> Iterator["queue.Queue[Any]"]:
         watcher: queue.Queue[Any] = queue.Queue()
         with self._lock:
-            for version, event in self._history:
-                if version > since:
+            for version, changed, event in self._history:
+                if version > since and changed == kind:
                     watcher.put(event)
-            self._watchers.append(watcher)
+            self._watchers.append((kind, watcher))
         try:
             yield watcher
         finally:
             with self._lock:
-                self._watchers.remove(watcher)
+                self._watchers.remove((kind, watcher))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -189,10 +209,11 @@ class _Handler(BaseHTTPRequestHandler):
         is_watch = query.get("watch", "").lower() == "true"
         self.api.requests.put(("watch" if is_watch else "list", query | {"path": url.path}))
         assert self.headers["Authorization"] == "Bearer secret"
+        kind = "Pod" if url.path.endswith("/pods") else "EndpointSlice"
         if is_watch:
-            self._watch(int(query["resourceVersion"]))
+            self._watch(kind, int(query["resourceVersion"]))
         else:
-            self._answer(*self.api.listed())
+            self._answer(*self.api.listed(kind))
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -201,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _watch(self, since: int) -> None:
+    def _watch(self, kind: str, since: int) -> None:
         expired = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
         is_old = since < self.api.oldest
         if is_old and not self.api.expire_within:
@@ -216,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk({"type": "ERROR", "object": expired})
             self.wfile.write(b"0\r\n\r\n")
             return
-        with self.api.watching(since) as watcher:
+        with self.api.watching(kind, since) as watcher:
             while (event := watcher.get()) is not END:
                 if not self.api.silent.is_set():
                     self._chunk(event)

@@ -135,8 +135,15 @@ class Cluster:
         return self.router.wait(20)
 
     def close(self) -> None:
+        self.close_router()
+        self.close_workers()
+
+    def close_router(self) -> None:
         self.http.close()
-        for process in (self.router, *self.workers.values()):
-            process.kill()
-            process.wait()
+        self.router.kill()
+        self.router.wait()
         self.log.close()
+
+    def close_workers(self) -> None:
+        for name in self.workers:
+            self.kill(name)

@@ -125,6 +125,8 @@ class FakeWorkerOptions(Struct, kw_only=True):
     """Hand the next sequences back after so many tokens."""
     lose: dict[str, int] = field(default_factory=dict)
     """Do not send the next so many messages of a kind, by class name."""
+    pid: int | None = None
+    """What it says its process is called; another pid namespace numbers others. None tells the truth."""
     mute: bool = False
     """Say nothing at all."""
     lie: bool = False
@@ -490,8 +492,8 @@ class FakeEngine:
                 role=options.role,
                 state=self.state,
                 model_name=options.model_name,
-                pid=os.getpid(),
-                rank_pids=[os.getpid()],
+                pid=options.pid or os.getpid(),
+                rank_pids=[options.pid or os.getpid()],
                 metrics_url="",
                 peer_address=self.address,
                 max_model_len=options.max_model_len,

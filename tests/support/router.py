@@ -36,9 +36,9 @@ from disagg.protocol import (
     Welcome,
 )
 from disagg.router.dispatch import Dispatcher
-from disagg.router.fences import ProcessProof
 from disagg.router.ledger import Ledger
 from disagg.router.links import LinkEvents
+from disagg.router.proofs import EndedPods, Proof
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
 from disagg.router.ticket import RequestTicket
@@ -273,6 +273,7 @@ class Harness:
         series = CollectorRegistry()
         self.series = series
         self.metrics = RouterMetrics(series, lambda: self.dispatcher.leases_by_state())
+        self.pods = EndedPods()
         self.dispatcher = Dispatcher(
             Registry(PrefixIndex()),
             self.connector,
@@ -282,7 +283,7 @@ class Harness:
             lease=lease or LeaseConfig(),
             clock=self.clock,
             tokenizer_hash=tokenizer_hash,
-            prove=self._prove,
+            proofs=(self._prove, self.pods.take),
         )
         self.service = RouterService(self.dispatcher, Ledger(100), unix_time=lambda: 1.0)
         self.runner = asyncio.Runner()
@@ -291,9 +292,9 @@ class Harness:
         self.clients: list[Client] = []
         self._requests = 0
 
-    def _prove(self, address: str, pids: list[int]) -> ProcessProof | None:
-        del pids
-        return None if address in self.unproven else self.actors[address].proof  # type: ignore[return-value]
+    def _prove(self, address: str, welcome: Welcome) -> Proof | None:
+        del welcome
+        return None if address in self.unproven else self.actors[address].proof
 
     def add(self, role: Role, name: str | None = None, **welcome: Any) -> Actor:
         """Add a worker and have it join."""

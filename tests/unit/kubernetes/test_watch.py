@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from disagg.kubernetes.slices import EndpointSlice, Metadata
+from disagg.kubernetes.slices import EndpointSlice
 from disagg.kubernetes.watch import (
     BACKOFF_MAX_S,
     ApiError,
@@ -14,9 +14,10 @@ from disagg.kubernetes.watch import (
     Changed,
     Event,
     Expired,
+    Listed,
+    Metadata,
     Removed,
-    SliceList,
-    SliceWatch,
+    Watch,
     backoff_s,
 )
 from support.api_server import make_slice
@@ -29,12 +30,13 @@ def part(name: str, version: int, port: int = 5600) -> EndpointSlice:
     return msgspec.convert(raw, EndpointSlice)
 
 
-def listed(version: int, *parts: EndpointSlice) -> SliceList:
-    return SliceList("EndpointSliceList", Metadata(resource_version=str(version)), list(parts))
+def listed(version: int, *parts: EndpointSlice) -> Listed[EndpointSlice]:
+    return Listed("EndpointSliceList", Metadata(resource_version=str(version)), list(parts))
 
 
 AWAY = ApiError("connection refused")
-Script = list[SliceList | ApiError | list[Event | ApiError]]
+Changes = list[Event[EndpointSlice] | ApiError]
+Script = list[Listed[EndpointSlice] | ApiError | Changes]
 
 
 class Played:
@@ -47,7 +49,8 @@ class Played:
         self.asked: list[str] = []
         self.waits: list[float] = []
         self.told: list[list[str]] = []
-        SliceWatch(self, self._tell, wait=self._wait, clock=self.clock, jitter=lambda: 1.0).run()
+        self.gone: list[str] = []
+        Watch(self, self._tell, wait=self._wait, clock=self.clock, jitter=lambda: 1.0).run()
 
     def _wait(self, seconds: float) -> bool:
         if not self.script:
@@ -56,7 +59,9 @@ class Played:
         self.clock.advance(seconds)
         return False
 
-    def _tell(self, slices: list[EndpointSlice]) -> None:
+    def _tell(self, slices: list[EndpointSlice], removed: EndpointSlice | None) -> None:
+        if removed is not None:
+            self.gone.append(f"{removed.metadata.name}@{removed.metadata.resource_version}")
         self.told.append(sorted(f"{s.metadata.name}@{s.metadata.resource_version}" for s in slices))
 
     def _next(self, kind: type[Any]) -> Any:
@@ -66,12 +71,12 @@ class Played:
         assert isinstance(answer, kind), f"asked for {kind}, the script has {answer}"
         return answer
 
-    def list_slices(self) -> SliceList:
+    def list(self) -> Listed[EndpointSlice]:
         self.asked.append("list")
-        answer: SliceList = self._next(SliceList)
+        answer: Listed[EndpointSlice] = self._next(Listed)
         return answer
 
-    def watch_slices(self, version: str) -> Iterator[Event]:
+    def watch(self, version: str) -> Iterator[Event[EndpointSlice]]:
         self.asked.append(version)
         for event in self._next(list):
             if isinstance(event, ApiError):
@@ -81,9 +86,10 @@ class Played:
 
 
 def test_what_changes_is_told_and_the_watch_goes_on_from_the_last_version() -> None:
-    changes: list[Event | ApiError] = [Changed(part("b", 6)), Changed(part("a", 7)), Removed(part("b", 8))]
+    changes: Changes = [Changed(part("b", 6)), Changed(part("a", 7)), Removed(part("b", 8))]
     played = Played([listed(5, part("a", 1)), changes, []])
     assert played.told == [["a@1"], ["a@1", "b@6"], ["a@7", "b@6"], ["a@7"]]
+    assert played.gone == ["b@8"], "its last state is told with the change, once"
     assert played.asked == ["list", "5", "8"]
     assert played.waits == [0.0, 0.0]
 

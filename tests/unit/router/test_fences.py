@@ -1,86 +1,103 @@
-"""Proof that the very processes of a worker are gone."""
-
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+"""What a decode worker hears once the pod of a prefill worker has ended, and when it hears nothing."""
 
 import pytest
 
-from disagg.router.fences import ProcessProof
+from disagg.kubernetes import PodEnd
+from disagg.protocol import Fenced, Prefill
+from support.router import Actor, Harness
 
-LISTENER = """
-import os, socket, sys
-kind, address = sys.argv[1:]
-if kind == "ipc":
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-else:
-    listener = socket.create_server(("127.0.0.1", 0))
-listener.listen()
-child = os.fork() or os.read(0, 1) or os._exit(0)
-print(listener.getsockname()[1] if kind == "tcp" else 0, child, flush=True)
-os.read(0, 1)
-os.kill(child, 9)
-os.waitpid(child, 0)
-"""
+ADDRESS = "tcp://10.0.0.7:5600"
+ENDED = PodEnd("chat-prefill-x", frozenset({"10.0.0.7"}))
 
 
-@contextmanager
-def listener(kind: str, address: str = "") -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """A process that listens, with one child: process, port, child's pid."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LISTENER, kind, address],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        port, child = process.stdout.readline().split()
-        yield process, port, int(child)
-    finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
+class Scene:
+    """A prefill worker in a pod, by default on another machine, which owes a fence to a decode worker."""
+
+    def __init__(self, router: Harness, *, is_here: bool = False) -> None:
+        self.router = router
+        if not is_here:
+            router.unproven.add(ADDRESS)
+        self.prefill = router.add("prefill", ADDRESS, worker_id="chat-prefill-x")
+        self.decode: Actor = router.add("decode")
+        router.submit()
+        self.decode.reserve()
+        self.fenced = Fenced(self.prefill.take(Prefill).transfer_id, 0)
+
+    def is_told(self) -> bool:
+        self.router.advance(0.1)
+        return self.fenced in self.decode.sent()
 
 
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
-def test_the_end_of_every_process_is_the_proof(kind: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "worker.sock")
-    with listener(kind, path) as (process, port, child):
-        address = f"ipc://{path}" if kind == "ipc" else f"tcp://127.0.0.1:{port}"
-        proof = ProcessProof.take(address, [process.pid, child])
-        assert proof is not None
-        assert not proof.is_gone()
-    assert proof.is_gone()
+@pytest.fixture
+def scene(router: Harness) -> Scene:
+    return Scene(router)
 
 
-def test_a_process_that_does_not_listen_there_is_not_taken_for_the_worker(tmp_path: Path) -> None:
-    """In another pid namespace the same number may be anybody."""
-    with socket.create_server(("127.0.0.1", 0)) as ours, listener("tcp") as (process, _, _):
-        port = ours.getsockname()[1]
-        assert ProcessProof.take(f"tcp://127.0.0.1:{port}", [process.pid]) is None
-        assert ProcessProof.take(f"ipc://{tmp_path}/none", [process.pid]) is None
+def test_the_end_of_its_pod_is_the_fence(scene: Scene) -> None:
+    scene.prefill.die()
+    assert not scene.is_told()
+    scene.router.pods.add([ENDED])
+    assert scene.is_told()
+    assert not scene.is_told(), "once"
 
 
-def test_a_process_here_is_not_taken_for_the_worker_at_another_machines_address() -> None:
-    """Both may have the same number and listen on the same port; a false proof lets two write one page."""
-    with listener("tcp") as (process, port, child):
-        assert ProcessProof.take(f"tcp://192.0.2.254:{port}", [process.pid, child]) is None
-        assert ProcessProof.take(f"tcp://worker.example.com:{port}", [process.pid, child]) is None
+def test_an_end_that_is_told_before_the_link_breaks_counts(scene: Scene) -> None:
+    """ZeroMQ finds a dead machine out by silence, after the API server has told of it."""
+    scene.router.pods.add([ENDED])
+    assert not scene.is_told(), "as long as it answers there is nothing to prove"
+    scene.prefill.die()
+    assert scene.is_told()
 
 
-def test_ranks_must_descend_from_the_one_that_listens() -> None:
-    with listener("tcp") as (process, port, _), listener("tcp") as (stranger, _, _):
-        assert ProcessProof.take(f"tcp://127.0.0.1:{port}", [process.pid, stranger.pid]) is None
+def test_a_worker_that_is_in_no_slice_any_more_is_proven_gone_all_the_same(scene: Scene) -> None:
+    scene.prefill.die()
+    worker = scene.router.dispatcher.registry.get(ADDRESS)
+    assert worker is not None
+    worker.standing = "gone"
+    assert not scene.is_told()
+    assert scene.router.dispatcher.registry.get(ADDRESS) is None
+    scene.router.pods.add([ENDED])
+    assert scene.is_told()
 
 
-def test_a_process_that_is_gone_already_proves_nothing_of_an_address() -> None:
-    with listener("tcp") as (process, port, _):
-        pass
-    assert ProcessProof.take(f"tcp://127.0.0.1:{port}", [process.pid]) is None
-    assert ProcessProof.take(f"tcp://127.0.0.1:{port}", []) is None
+@pytest.mark.parametrize(
+    "ended", [PodEnd("chat-prefill-x", frozenset({"10.0.0.8"})), PodEnd("chat-prefill-y", ENDED.ips)]
+)
+def test_the_end_of_another_pod_proves_nothing(scene: Scene, ended: PodEnd) -> None:
+    scene.prefill.die()
+    scene.router.pods.add([ended])
+    assert not scene.is_told()
+
+
+def test_a_successor_at_the_same_address_leaves_the_proof_to_come(scene: Scene) -> None:
+    """The first one may be on a node that nobody reaches; its pod's end is told when that is known."""
+    scene.prefill.die()
+    scene.prefill.restart()
+    assert not scene.is_told()
+    scene.router.pods.add([ENDED])
+    assert scene.is_told()
+
+
+def test_a_fence_is_told_when_the_link_to_decode_is_back(scene: Scene) -> None:
+    """A node that is lost takes others' links with it for a while; nothing else would tell it later."""
+    scene.prefill.die()
+    scene.decode.die()
+    scene.router.pods.add([ENDED])
+    scene.router.advance(0.1)
+    scene.decode.join()
+    assert scene.is_told()
+    scene.decode.die()
+    scene.decode.join()
+    assert not scene.is_told(), "once"
+
+
+@pytest.mark.parametrize("is_pod", [True, False])
+def test_whichever_proof_comes_first_counts(router: Harness, is_pod: bool) -> None:
+    scene = Scene(router, is_here=True)
+    scene.prefill.die()
+    assert not scene.is_told()
+    if is_pod:
+        router.pods.add([ENDED])
+    else:
+        scene.prefill.proof.gone = True
+    assert scene.is_told()

@@ -161,7 +161,7 @@ class System:
         self.by_uuid: dict[str, SimWorker] = {}
         self.proofs: dict[str, Proof] = {}
         self.dead: list[FakeEngine] = []
-        harness.dispatcher._prove = lambda address, _: self.proofs[address]  # type: ignore[assignment, return-value]
+        harness.dispatcher._take_proofs = (lambda address, _: self.proofs[address],)
         names: dict[str, Role] = {"p": "prefill", "d": "decode", "u": "unified"}
         self.workers = [
             SimWorker(self, names[letter], f"{names[letter]}-{i}") for i, letter in enumerate(roles)
