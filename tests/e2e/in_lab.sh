@@ -12,4 +12,6 @@ export DISAGG_E2E_IMAGE=localhost/disagg:dev DISAGG_E2E_CLIENT_NODE=n1
 export DISAGG_E2E_LOSE_NODE="$lab lose" DISAGG_E2E_RESTORE_NODES="$lab up --nodes 3"
 export DISAGG_E2E_PAUSE_API="pkill -STOP -x kube-apiserver" DISAGG_E2E_RESUME_API="pkill -CONT -x kube-apiserver"
 export DISAGG_E2E_PROMETHEUS=http://prometheus.monitoring:9090
+export DISAGG_E2E_FIGURES="${DISAGG_E2E_FIGURES:-$(mktemp)}"
 make e2e ARGS="${*:-}"
+cat "$DISAGG_E2E_FIGURES"
