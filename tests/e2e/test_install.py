@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.cluster import Release, get, helm, installed, kubectl
+from e2e.cluster import Release, get, helm, installed, kubectl, wait_until
 
 ROLES = {"prefill": "prefill", "decode": "decode"}
 
@@ -79,21 +79,32 @@ def test_an_upgrade_keeps_the_key(release: Release) -> None:
     helm("test", release.name)
 
 
-def test_an_impossible_tensor_size_is_told_by_the_pod(release: Release) -> None:
-    """One line that `kubectl logs` shows: 135M has 9 heads, of 3 KV heads."""
-    arguments = ["worker", "--role=unified", "--tensor-parallel-size=2"]
-    image = release.pods("decode")[0]["spec"]["containers"][0]["image"]
-    container = {"name": "main", "image": image, "imagePullPolicy": "IfNotPresent", "args": arguments}
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "odd"}}
-    kubectl(
-        "apply",
-        "-f",
-        "-",
-        stdin=json.dumps({**pod, "spec": {"restartPolicy": "Never", "containers": [container]}}),
+def test_an_impossible_tensor_size_is_told_by_the_pod() -> None:
+    """In one line that `kubectl logs` and `kubectl describe` show: the model has 9 heads, of 3 KV heads."""
+    with installed("odd", wait=False, decode={"parallelism": {"tensor": 2}}) as release:
+
+        def told() -> list[str]:
+            statuses = release.pods("decode")[0]["status"].get("containerStatuses", [])
+            ends = [status["lastState"].get("terminated", {}) for status in statuses]
+            return [end["message"] for end in ends if end.get("exitCode") == 2]
+
+        wait_until("the pod has ended with a message", lambda: bool(told()), 60)
+        (message,) = told()
+        assert message.startswith("disagg: ")
+        assert "heads" in message
+        assert len(message.splitlines()) == 1
+        name = release.pods("decode")[0]["metadata"]["name"]
+        assert message.strip() in kubectl("logs", name, "--previous")
+    kubectl("delete", "secret", "odd-keys")
+
+
+def test_process_1_reaps_what_others_leave(release: Release) -> None:
+    """A rank that outlives its parent must not stay as a zombie."""
+    (pod,) = release.pods("decode")
+    name = pod["metadata"]["name"]
+    kubectl("exec", name, "--", "sh", "-c", "sleep 0.1 & exit 0")
+    script = "cat /proc/[0-9]*/stat | cut -d' ' -f3 | grep -c Z || true"
+    wait_until(
+        "no zombie is left", lambda: kubectl("exec", name, "--", "sh", "-c", script).strip() == "0", 20
     )
-    try:
-        kubectl("wait", "pod/odd", "--for=jsonpath={.status.phase}=Failed", "--timeout=60s")
-        lines = kubectl("logs", "odd").strip().splitlines()
-        assert "heads" in lines[-1], lines
-    finally:
-        kubectl("delete", "pod", "odd", "--grace-period=1")
+    assert kubectl("exec", name, "--", "cat", "/proc/1/comm").strip() == "tini"
