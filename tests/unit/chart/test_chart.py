@@ -131,6 +131,17 @@ def test_a_long_release_s_name_ends_in_a_sentence() -> None:
 
 
 @needs_helm
+def test_no_peers_are_nobody() -> None:
+    """A rule of a NetworkPolicy whose list of peers is empty lets everybody through."""
+    empty = '{"scrapers": [], "apiServer": [], "clients": [{"podSelector": {}}]}'
+    found = objects("--set-json", f"networkPolicy={empty}")
+    router, worker = (only(found, "NetworkPolicy", f"chat-{name}")["spec"] for name in ("router", "worker"))
+    assert not [rule for rule in worker["ingress"] if {"port": "http", "protocol": "TCP"} in rule["ports"]]
+    assert all(rule.get("from") for rule in router["ingress"])
+    assert not [rule for rule in router["egress"] if {"port": 6443, "protocol": "TCP"} in rule["ports"]]
+
+
+@needs_helm
 def test_switches_are_off_too() -> None:
     kinds = {found["kind"] for found in objects("--values", str(CASES["open"]))}
     assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Ingress", "HTTPRoute", "PodMonitor"}
