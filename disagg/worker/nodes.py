@@ -13,6 +13,7 @@ import logging
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -255,6 +256,7 @@ class NodeLinks:
         """Identities of the nodes that have joined, by node rank."""
         self._lost: set[int] = set()
         self._num_beats = 0
+        self._beat_at = time.monotonic() + BEAT_MS / 1000
         self._all_joined = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nodes", daemon=True)
 
@@ -292,7 +294,7 @@ class NodeLinks:
                 ready = dict(self._poller.poll(BEAT_MS))
                 if self._woken.fileno() in ready:
                     return
-                if not ready:
+                if time.monotonic() >= self._beat_at:
                     self._beat()
                 if self._socket in ready:
                     self._receive()
@@ -304,6 +306,7 @@ class NodeLinks:
                 self._end_rank(rank, LOST_STATUS)
 
     def _beat(self) -> None:
+        self._beat_at = time.monotonic() + BEAT_MS / 1000
         for node in list(self._nodes):
             self._send(node, NodeState(self._state()))
         self._num_beats += 1

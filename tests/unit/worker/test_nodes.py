@@ -1,6 +1,7 @@
 """The leader's side of a worker over several nodes, with agents that end where they should not."""
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ from disagg.worker.nodes import (
     NodeHello,
     NodeLinks,
     NodeStart,
+    NodeStarted,
+    NodeState,
+    RankBytes,
     ToNode,
 )
 
@@ -91,5 +95,24 @@ def test_a_refused_node_that_is_gone_already_harms_nobody(
         assert agent.receive() == NodeStart([1])
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.0)
+        agent.close()
+        end.close()
+
+
+def test_nodes_hear_of_the_state_also_while_much_is_sent(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """A worker that drains under load must not stay ready on its other nodes."""
+    with leader(context) as links:
+        _, end = links.add(1)
+        links.start()
+        agent = Agent(context)
+        assert agent.receive() == NodeStart([1])
+        agent.send(NodeStarted({1: 4711}))
+        links.wait_joined()
+        until, message = time.monotonic() + WAIT_S, None
+        while message != NodeState("ready") and time.monotonic() < until:
+            end.send(b"plan")
+            message = agent.receive()
+            assert isinstance(message, RankBytes | NodeState)
+        assert message == NodeState("ready")
         agent.close()
         end.close()
