@@ -95,6 +95,7 @@ class HttpServer(uvicorn.Server):
                 date_header=False,  # uvicorn renews it in the loop that we do without
                 server_header=False,
                 ws="none",
+                proxy_headers=False,  # who is a loopback peer is the socket's word, not a header's
                 timeout_graceful_shutdown=2,
             )
         )

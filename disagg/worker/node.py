@@ -134,7 +134,9 @@ class _Agent:
         return generate_latest(self._series)
 
     async def drain(self) -> int:
-        """Have the leader drain, and wait for its end."""
+        """Have the leader drain, and wait for its end; at once where this node is no part of a worker yet."""
+        if not self._processes:
+            return 0
         self._link.post(NodeDrain())
         with suppress(TimeoutError, DisaggError):
             async with asyncio.timeout(self._config.lease.drain_seconds + DRAIN_MARGIN_S):

@@ -13,6 +13,7 @@ import logging
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -255,6 +256,7 @@ class NodeLinks:
         """Identities of the nodes that have joined, by node rank."""
         self._lost: set[int] = set()
         self._num_beats = 0
+        self._beat_at = time.monotonic() + BEAT_MS / 1000
         self._all_joined = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nodes", daemon=True)
 
@@ -292,7 +294,7 @@ class NodeLinks:
                 ready = dict(self._poller.poll(BEAT_MS))
                 if self._woken.fileno() in ready:
                     return
-                if not ready:
+                if time.monotonic() >= self._beat_at:
                     self._beat()
                 if self._socket in ready:
                     self._receive()
@@ -300,10 +302,11 @@ class NodeLinks:
                     self._send(self._node_of(rank), RankBytes(rank, data) if data else RankClosed(rank))
         finally:
             self._pipes.close_all()
-            for process in self._processes.values():
-                process.on_ended(LOST_STATUS)
+            for rank in self._processes:
+                self._end_rank(rank, LOST_STATUS)
 
     def _beat(self) -> None:
+        self._beat_at = time.monotonic() + BEAT_MS / 1000
         for node in list(self._nodes):
             self._send(node, NodeState(self._state()))
         self._num_beats += 1
@@ -339,7 +342,7 @@ class NodeLinks:
         refusal = self._refusal(hello)
         if refusal is not None:
             log.error("node refused %s", fields(node=hello.node_rank, host=hello.host, reason=refusal))
-            self._socket.send_multipart((identity, _encode(NodeRefused(refusal))))
+            self._deliver(identity, NodeRefused(refusal))
             return
         ranks = list(self._ranks_of(hello.node_rank))
         self._nodes[hello.node_rank] = identity
@@ -350,8 +353,10 @@ class NodeLinks:
     def _on_started(self, pids: dict[int, int]) -> None:
         """Its ranks are there to read what they are sent."""
         for rank, pid in pids.items():
-            self._processes[rank].pid = pid
-            self._pipes.open(rank, self._ends.pop(rank))
+            end = self._ends.pop(rank, None)
+            if end is not None:  # else its node was lost meanwhile
+                self._processes[rank].pid = pid
+                self._pipes.open(rank, end)
         if not self._ends:
             self._all_joined.set()
 
@@ -368,23 +373,32 @@ class NodeLinks:
         return None
 
     def _send(self, node: int, message: ToNode) -> None:
-        if node in self._lost:
+        if node in self._lost or self._deliver(self._nodes[node], message):
             return
+        self._lost.add(node)
+        running = [rank for rank in self._ranks_of(node) if self._processes[rank].is_running]
+        if running:
+            log.error("node lost %s", fields(node=node, ranks=running))
+        for rank in running:
+            self._end_rank(rank, LOST_STATUS)
+
+    def _deliver(self, identity: bytes, message: ToNode) -> bool:
+        """Send; False where nobody is there any more, or does not read."""
         try:
-            self._socket.send_multipart((self._nodes[node], _encode(message)), zmq.NOBLOCK)
+            self._socket.send_multipart((identity, _encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            self._lost.add(node)
-            running = [rank for rank in self._ranks_of(node) if self._processes[rank].is_running]
-            if running:
-                log.error("node lost %s", fields(node=node, ranks=running))
-            for rank in running:
-                self._end_rank(rank, LOST_STATUS)
+            return False
+        return True
 
     def _end_rank(self, rank: int, status: int) -> None:
         self._processes[rank].on_ended(status)
         self._pipes.close(rank)
+        # A rank that never started has its far end here still: closed, the near one hears of the loss.
+        end = self._ends.pop(rank, None)
+        if end is not None:
+            end.close()
 
     def _ranks_of(self, node: int) -> range:
         return ranks_of(node, self._config.nodes.num_nodes, self._config.engine.tensor_parallel_size)

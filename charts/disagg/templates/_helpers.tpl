@@ -63,15 +63,26 @@ matchExpressions:
 {{- end }}
 {{- end }}
 
-{{- define "disagg.modelArgs" -}}
-{{- $path := include "disagg.modelPath" . }}
-{{- $inClaim := splitList "/" $path | rest | join "/" }}
-{{- if eq (include "disagg.modelScheme" .) "hf" }}
-- --model={{ $path }}
-{{- else if eq (include "disagg.modelScheme" .) "pvc" }}
-- --model={{ .Values.modelArtifacts.mountPath }}/{{ $inClaim }}
+{{/* CLAIM/PATH's PATH. */}}
+{{- define "disagg.pathInClaim" -}}
+{{ splitList "/" (include "disagg.modelPath" .) | rest | join "/" }}
 {{- end }}
-{{- with .Values.modelArtifacts.name | default (ternary $inClaim "" (eq (include "disagg.modelScheme" .) "pvc")) }}
+
+{{/* The model's name in the API; nothing where it is that of the image's model. */}}
+{{- define "disagg.servedName" -}}
+{{- if .Values.modelArtifacts.name }}{{ .Values.modelArtifacts.name }}
+{{- else if eq (include "disagg.modelScheme" .) "hf" }}{{ include "disagg.modelPath" . }}
+{{- else if eq (include "disagg.modelScheme" .) "pvc" }}{{ include "disagg.pathInClaim" . }}
+{{- end }}
+{{- end }}
+
+{{- define "disagg.modelArgs" -}}
+{{- if eq (include "disagg.modelScheme" .) "hf" }}
+- --model={{ include "disagg.modelPath" . }}
+{{- else if eq (include "disagg.modelScheme" .) "pvc" }}
+- --model={{ .Values.modelArtifacts.mountPath }}/{{ include "disagg.pathInClaim" . }}
+{{- end }}
+{{- with include "disagg.servedName" . }}
 - --served-model-name={{ . }}
 {{- end }}
 {{- end }}
@@ -220,7 +231,7 @@ spec:
       startupProbe:
         httpGet: {path: {{ ternary "/live" "/health" $isRouter }}, {{ $probe }}}
         periodSeconds: 1
-        failureThreshold: {{ .values.startupSeconds | default 60 }}
+        failureThreshold: {{ .values.startupSeconds }}
       readinessProbe:
         httpGet: {path: /health, {{ $probe }}}
         periodSeconds: 2

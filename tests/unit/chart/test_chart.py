@@ -21,8 +21,8 @@ CASES = {
 needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="no helm on PATH")
 
 
-def helm_template(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["helm", "template", "chat", str(CHART), "--namespace", "serving", *arguments]
+def helm_template(*arguments: str, release: str = "chat") -> subprocess.CompletedProcess[str]:
+    command = ["helm", "template", release, str(CHART), "--namespace", "serving", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -119,6 +119,26 @@ def test_grace_is_longer_than_draining() -> None:
     pod = decode["spec"]["template"]["spec"]
     assert "--drain-seconds=300" in pod["containers"][0]["args"]
     assert pod["terminationGracePeriodSeconds"] == 315
+
+
+@needs_helm
+def test_a_long_release_s_name_ends_in_a_sentence() -> None:
+    """Helm allows 53 characters and dots; Services named after it would be refused one by one."""
+    for name in ("a" * 51, "1chat", "my.chat"):
+        result = helm_template(release=name)
+        assert "must begin with a letter, hold no dot and have at most 50 characters" in result.stderr
+    assert helm_template(release="a" * 50).returncode == 0
+
+
+@needs_helm
+def test_no_peers_are_nobody() -> None:
+    """A rule of a NetworkPolicy whose list of peers is empty lets everybody through."""
+    empty = '{"scrapers": [], "apiServer": [], "clients": [{"podSelector": {}}]}'
+    found = objects("--set-json", f"networkPolicy={empty}")
+    router, worker = (only(found, "NetworkPolicy", f"chat-{name}")["spec"] for name in ("router", "worker"))
+    assert not [rule for rule in worker["ingress"] if {"port": "http", "protocol": "TCP"} in rule["ports"]]
+    assert all(rule.get("from") for rule in router["ingress"])
+    assert not [rule for rule in router["egress"] if {"port": 6443, "protocol": "TCP"} in rule["ports"]]
 
 
 @needs_helm

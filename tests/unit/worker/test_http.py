@@ -5,7 +5,7 @@ import asyncio
 import httpx
 
 from disagg.protocol import WorkerState
-from disagg.worker.http import make_app
+from disagg.worker.http import HttpServer, make_app
 
 
 class View:
@@ -60,3 +60,8 @@ def test_metrics_are_prometheus_text() -> None:
     answer = asyncio.run(ask(View("ready"), "GET", "/metrics"))
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert answer.text == "disagg_worker_pages 1\n"
+
+
+def test_no_header_makes_a_peer_a_loopback_one() -> None:
+    """Uvicorn believes the `x-forwarded-for` of whom FORWARDED_ALLOW_IPS names: anybody could drain then."""
+    assert HttpServer(make_app(View("ready"))).config.proxy_headers is False
