@@ -71,7 +71,7 @@ def losses(requests: int) -> list[dict[str, Any]]:
     with tempfile.NamedTemporaryFile("r") as figures:
         asked = {"DISAGG_E2E_REQUESTS": str(requests), "DISAGG_E2E_FIGURES": figures.name}
         command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/e2e/test_no_request_lost.py")]
-        subprocess.run(command, env=os.environ | asked, check=False)
+        subprocess.run(command, env=os.environ | asked, check=True)
         return [json.loads(line) for line in figures]
 
 

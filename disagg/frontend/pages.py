@@ -14,7 +14,7 @@ from disagg.frontend.completions import Service
 from disagg.frontend.errors import Forbidden, MethodNotAllowed, NotFound, reply_to
 from disagg.frontend.exchange import Exchange
 from disagg.frontend.fields import ChatFields, CompletionFields
-from disagg.security import is_loopback
+from disagg.security import is_own_call
 
 MAX_RECORDS = 10_000
 ExceptionHandler = Callable[[Request, Any], Coroutine[Any, Any, Response]]
@@ -79,7 +79,7 @@ def _add_probes(pages: FastAPI, service: Service) -> None:
 
         Nothing is refused meanwhile: SIGTERM does that. Answered to loopback peers only.
         """
-        if request.client is None or not is_loopback(request.client.host):
+        if not is_own_call(request.client and request.client.host, request.headers):
             raise Forbidden("drain is answered to loopback peers only")
         await service.retirement.run()
         return JSONResponse({"status": "retired"})

@@ -19,7 +19,7 @@ A client makes a new socket for every try, and watches its monitor for `HANDSHAK
     all_refused = keys.on_refused()             # on failure: close the socket, try the next on another
 """
 
-from disagg.security.addresses import host_of, is_loopback, is_wildcard
+from disagg.security.addresses import host_of, is_loopback, is_own_call, is_wildcard
 from disagg.security.api_keys import ApiKeys
 from disagg.security.curve import HANDSHAKE_FAILED, admission, choice_for, secure_client, secure_server
 from disagg.security.keys import KeyChoice, KeyPair, KeyRing
@@ -35,6 +35,7 @@ __all__ = [
     "choice_for",
     "host_of",
     "is_loopback",
+    "is_own_call",
     "is_wildcard",
     "secure_client",
     "secure_server",

@@ -1,6 +1,7 @@
 """Which addresses stay on this machine. What leaves it needs keys."""
 
 import ipaddress
+from collections.abc import Mapping
 
 
 def host_of(address: str) -> str | None:
@@ -17,6 +18,11 @@ def is_loopback(host: str) -> bool:
     # A dual-stack listener reports an IPv4 peer as ::ffff:127.0.0.1.
     mapped = getattr(address, "ipv4_mapped", None)
     return address is not None and bool((mapped or address).is_loopback)
+
+
+def is_own_call(client_host: str | None, headers: Mapping[str, str]) -> bool:
+    """Whether an HTTP request comes from this machine, and not from a page in a browser on it."""
+    return client_host is not None and is_loopback(client_host) and "origin" not in headers
 
 
 def is_wildcard(host: str) -> bool:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from disagg.errors import ConfigError
 from disagg.protocol import WorkerState
-from disagg.security import is_loopback
+from disagg.security import is_own_call
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -50,7 +50,7 @@ def make_app(worker: WorkerView) -> Starlette:
         return Response(worker.metrics_text(), media_type=METRICS_MEDIA_TYPE)
 
     async def drain(request: Request) -> Response:
-        if request.client is None or not is_loopback(request.client.host):
+        if not is_own_call(request.client and request.client.host, request.headers):
             return JSONResponse({"error": "drain is answered to loopback peers only"}, 403)
         return JSONResponse({"leases": await worker.drain()})
 

@@ -210,6 +210,8 @@ class _Worker:
 
     async def drain(self) -> int:
         """Take no new work and wait for what runs; leases left when the deadline passed, else 0."""
+        if not self._built.done():
+            return 0  # nobody has been told of this worker yet
         if self._drain_until is None:
             self._drain_until = self._loop.time() + self._config.lease.drain_seconds
             self._engine.post(WorkerService.begin_drain)

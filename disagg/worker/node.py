@@ -261,6 +261,9 @@ class _LeaderLink:
                         self._send(RankBytes(rank, data))
                     else:
                         self._on_ended(rank)
+        except Exception as error:
+            # The edge of this thread: without it the ranks would wait for a leader that is not heard.
+            self._end(WorkerLost(f"the link to the leader broke: {error}"))
         finally:
             self._pipes.close_all()
             self._disconnect()
@@ -338,8 +341,11 @@ class _LeaderLink:
         self._send(RankEnded(rank, status))
 
     def _send(self, message: FromNode) -> None:
-        with suppress(zmq.Again):
+        try:
             self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            # Nothing of a rank's stream may be missing.
+            self._end(WorkerLost("the leader does not read"))
 
     def _end(self, error: DisaggError | None) -> None:
         self._agent.call(self._agent.on_end, error)

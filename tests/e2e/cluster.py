@@ -69,18 +69,16 @@ def everything() -> str:
         ("describe", "pods"),
     ):
         parts.append(_output(*command))
-    for pod in get("pods"):
-        name = pod["metadata"]["name"]
-        parts.append(_output("logs", name, "--tail=200"))
-        if any(status["restartCount"] for status in pod["status"].get("containerStatuses", [])):
-            parts.append(_output("logs", name, "--previous", "--tail=200"))
+    for pod in (line for line in _output("get", "pods", "-o", "name").splitlines() if line[:4] == "pod/"):
+        parts.append(_output("logs", pod, "--tail=200"))
+        parts.append(_output("logs", pod, "--tail=200", "--previous"))
     return "\n".join(parts)
 
 
 def _output(*arguments: str) -> str:
     try:
         return f"--- kubectl {' '.join(arguments)}\n{kubectl(*arguments)}"
-    except CommandFailed as error:
+    except (CommandFailed, subprocess.TimeoutExpired) as error:
         return f"--- {error}"
 
 

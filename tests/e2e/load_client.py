@@ -8,6 +8,7 @@ finish reason or token count is another than in quiet.
 
 import http.client
 import json
+import select
 import sys
 import threading
 import time
@@ -18,10 +19,26 @@ TOPICS = ["the sea", "a train", "winter", "bread", "the moon", "a library", "rai
 MAX_TOKENS = 16
 
 
-def ask(url: str, topic: str) -> dict:
-    """One streamed answer on a connection of its own."""
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=120)
+class Client:
+    """One connection, kept as long as the server keeps it, as OpenAI's clients do."""
+
+    def __init__(self, url: str) -> None:
+        self._address = urlsplit(url)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def ask(self, topic: str) -> dict:
+        """One streamed answer."""
+        connection = self._connection
+        if connection is None or connection.sock is None or select.select([connection.sock], [], [], 0)[0]:
+            if connection is not None:
+                connection.close()
+            connection = http.client.HTTPConnection(self._address.hostname, self._address.port, timeout=120)
+        self._connection = connection
+        return ask(connection, topic)
+
+
+def ask(connection: http.client.HTTPConnection, topic: str) -> dict:
+    """One streamed answer; a connection that breaks is closed."""
     question = f"Write a short story about {topic}. Begin with the words: Once upon a time"
     body = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -51,9 +68,8 @@ def ask(url: str, topic: str) -> dict:
                     tokens = event["usage"]["completion_tokens"]
         return {"text": text, "finish_reason": reason, "tokens": tokens, "done": done}
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    finally:
         connection.close()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 class Load:
@@ -62,7 +78,8 @@ class Load:
     def __init__(self, url: str, min_requests: int) -> None:
         self._url = url
         self._min_requests = min_requests
-        self._expected = {topic: ask(url, topic) for topic in TOPICS}
+        quiet = Client(url)
+        self._expected = {topic: quiet.ask(topic) for topic in TOPICS}
         self._lock = threading.Lock()
         self.sent = 0
         self.lost = 0
@@ -74,13 +91,14 @@ class Load:
 
     def run(self) -> None:
         """One client."""
+        client = Client(self._url)
         while not (Path("/tmp/stop").exists() and self.sent >= self._min_requests):
             with self._lock:
                 number = self.sent
                 self.sent += 1
             topic = TOPICS[number % len(TOPICS)]
             began_at = time.monotonic()
-            answer = ask(self._url, topic)
+            answer = client.ask(topic)
             took_s = time.monotonic() - began_at
             with self._lock:
                 self.slowest_s = max(self.slowest_s, took_s)

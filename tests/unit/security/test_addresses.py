@@ -3,7 +3,7 @@
 import pytest
 
 from disagg.errors import ConfigError
-from disagg.security import choice_for, host_of, is_loopback, is_wildcard
+from disagg.security import choice_for, host_of, is_loopback, is_own_call, is_wildcard
 
 
 def test_hosts_of_addresses() -> None:
@@ -29,3 +29,20 @@ def test_without_keys_nothing_leaves_the_machine() -> None:
     assert choice_for(None, "tcp://127.0.0.1:1") is None
     with pytest.raises(ConfigError, match=r"transport_keys are needed .* 'tcp://10.0.0.1:1'"):
         choice_for(None, "tcp://10.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "own"),
+    [
+        ("127.0.0.1", {}, True),
+        ("::1", {"host": "127.0.0.1:8080"}, True),
+        ("10.0.0.1", {}, False),
+        (None, {}, False),
+        ("127.0.0.1", {"origin": "https://example.com"}, False),
+        ("127.0.0.1", {"origin": "null"}, False),
+    ],
+)
+def test_a_page_in_a_browser_of_this_machine_is_not_its_own_call(
+    host: str | None, headers: dict[str, str], own: bool
+) -> None:
+    assert is_own_call(host, headers) is own
