@@ -147,9 +147,6 @@ class Pipes:
         self._ends: dict[int, socket.socket] = {}
         self._rank_of: dict[int, int] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._ends)
-
     def open(self, rank: int, end: socket.socket) -> None:
         """Begin to carry a rank's stream."""
         self._ends[rank] = end
