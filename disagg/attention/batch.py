@@ -1,7 +1,17 @@
 """One step's sequences, as attention kernels want them."""
 
+from typing import NamedTuple
+
 from msgspec import Struct
 from torch import Tensor
+
+
+class HostIndices(NamedTuple):
+    """Index tensors of a batch in the host's memory, for planners that run there. Fields as the batch's."""
+
+    qo_indptr: Tensor
+    kv_lens: Tensor
+    page_indptr: Tensor
 
 
 class AttentionBatch(Struct, frozen=True, kw_only=True, eq=False):
@@ -30,6 +40,18 @@ class AttentionBatch(Struct, frozen=True, kw_only=True, eq=False):
     """`[tokens]`: place in that page."""
     max_qo_len: int
     max_kv_len: int
+    on_host: HostIndices | None = None
+    """Set where the batch is on another device: reading an index back from there would wait for it."""
+    is_static: bool = False
+    """Its tensors keep their addresses from step to step: what `run` launches may be replayed for a later one.
+
+    It may end in padding: sequences with a `kv_len` of 0, no pages, and a `token_pages` of -1.
+    """
+
+    @property
+    def host(self) -> HostIndices:
+        """What a planner on the host reads."""
+        return self.on_host or HostIndices(self.qo_indptr, self.kv_lens, self.page_indptr)
 
     @property
     def num_sequences(self) -> int:
@@ -41,8 +63,14 @@ class AttentionBatch(Struct, frozen=True, kw_only=True, eq=False):
 
         Lengths' maxima are kept, so they are upper bounds there.
         """
-        first, last = int(self.qo_indptr[begin]), int(self.qo_indptr[end])
-        first_page, last_page = int(self.page_indptr[begin]), int(self.page_indptr[end])
+        host = self.host
+        first, last = int(host.qo_indptr[begin]), int(host.qo_indptr[end])
+        first_page, last_page = int(host.page_indptr[begin]), int(host.page_indptr[end])
+        part = HostIndices(
+            host.qo_indptr[begin : end + 1] - first,
+            host.kv_lens[begin:end],
+            host.page_indptr[begin : end + 1] - first_page,
+        )
         return AttentionBatch(
             num_decodes=max(0, min(self.num_decodes, end) - begin),
             qo_indptr=self.qo_indptr[begin : end + 1] - first,
@@ -54,4 +82,5 @@ class AttentionBatch(Struct, frozen=True, kw_only=True, eq=False):
             token_offsets=self.token_offsets[first:last],
             max_qo_len=self.max_qo_len,
             max_kv_len=self.max_kv_len,
+            on_host=part if self.on_host is not None else None,
         )

@@ -1,8 +1,9 @@
 """One engine: a scheduler, the runner that executes its plans, and the clock beside them."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from disagg.engine.admission import Limits
 from disagg.engine.plan import StepPlan
@@ -13,18 +14,34 @@ from disagg.engine.sequence import State
 from disagg.kv import KvCache
 
 
-class Runner(Protocol):
-    """Executes planned steps on all ranks of one engine."""
+Sampled = Callable[[], list[int]]
+"""Waits for a launched step: one sampled token for each sample of its plan, in its order."""
 
-    def run(self, plan: StepPlan) -> list[int]:
-        """Run one step; one sampled token for each sample of the plan, in its order."""
+
+class Runner(Protocol):
+    """Executes planned steps on all ranks of one engine, in the order of their launch."""
+
+    @property
+    def depth(self) -> int:
+        """Steps that may still run while the next is planned and launched: 0 runs each in `launch`."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Sampled:
+        """Begin one step; its tokens may be PENDING in the plans that follow."""
+        ...
+
+
+class _Flight(NamedTuple):
+    plan: StepPlan
+    sampled: Sampled
+    launched_at: float
 
 
 class Engine:
     """Computes requests in steps. One thread calls everything here, pages and events included.
 
-    A step plans, runs and retires before it returns. The scheduler allows the next plan while a
-    step runs; see `Scheduler`.
+    Host and device overlap: a step is launched before the one ahead of it has been retired, so that
+    the device finds its next work waiting. See `Scheduler` for what that asks of it.
     """
 
     def __init__(
@@ -42,6 +59,8 @@ class Engine:
         self._clock = clock
         self._rates = StepRates()
         self._num_steps = 0
+        self._flights: deque[_Flight] = deque()
+        self._retired_at = 0.0
         self._scheduler = Scheduler(
             cache=cache, limits=limits, eos_token_ids=frozenset(eos_token_ids), clock=clock
         )
@@ -77,17 +96,33 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to step for. A step does nothing where all of it waits for pages."""
+        if self._flights:
+            return True
         return self._scheduler.count(State.WAITING, State.READY, State.PREFILLING, State.DECODING) > 0
 
     def step(self) -> StepOutput | None:
-        """Run one step; None where there is nothing to do and nothing to tell."""
-        started_at = self._clock()
+        """Launch the next step and retire the oldest; None where there is nothing to do and nothing to tell.
+
+        The first step of a run retires none, and the last launches none.
+        """
+        now = self._clock()
         plan = self._scheduler.plan()
-        if plan is None:
+        if plan is not None:
+            self._flights.append(_Flight(plan, self._runner.launch(plan), now))
+        if plan is not None and len(self._flights) <= self._runner.depth:
+            return StepOutput(events=self._scheduler.take_events())
+        if not self._flights:
             events = self._scheduler.take_events()
             return StepOutput(events=events) if events else None
-        events = self._scheduler.retire(plan, self._runner.run(plan))
-        step_s = self._clock() - started_at
+        return self._retire(self._flights.popleft())
+
+    def _retire(self, flight: _Flight) -> StepOutput:
+        plan = flight.plan
+        tokens = flight.sampled()
+        # It began when it was launched, or when the device had done the one before it.
+        began_at, self._retired_at = max(flight.launched_at, self._retired_at), self._clock()
+        events = self._scheduler.retire(plan, tokens)
+        step_s = self._retired_at - began_at
         num_prefill_tokens = plan.num_tokens - plan.num_decodes
         self._num_steps += 1
         self._rates.record(num_prefill_tokens, plan.num_decodes, step_s)

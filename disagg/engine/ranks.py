@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from msgspec.structs import replace
 
-from disagg.engine.engine import Runner
+from disagg.engine.engine import Runner, Sampled
 from disagg.engine.plan import PENDING, StepPlan, int32s
 from disagg.protocol import encode
 
@@ -20,6 +20,8 @@ class LeadingRunner:
     Tokens that were still unknown when the step was planned have been sampled by the time it
     runs; they are filled in here, so no rank ever meets one.
     """
+
+    depth = 0
 
     def __init__(self, local: Runner, num_slots: int, send: Callable[[bytes], None] | None = None) -> None:
         """Lead.
@@ -33,14 +35,14 @@ class LeadingRunner:
         self._send = send
         self._last_tokens = np.zeros(num_slots, np.int32)
 
-    def run(self, plan: StepPlan) -> list[int]:
-        """Run one step on all ranks; one sampled token for each sample of the plan."""
+    def launch(self, plan: StepPlan) -> Sampled:
+        """Run one step on all ranks."""
         plan = fill_pending(plan, self._last_tokens)
         if self._send is not None:
             self._send(encode(plan))
-        tokens = self._local.run(plan)
+        tokens = self._local.launch(plan)()
         self._last_tokens[int32s(plan.slots)[int32s(plan.samples.rows)]] = tokens
-        return tokens
+        return lambda: tokens
 
 
 def fill_pending(plan: StepPlan, last_tokens: np.ndarray[tuple[int], np.dtype[np.int32]]) -> StepPlan:

@@ -6,6 +6,7 @@ from torch import Tensor
 from disagg.attention import AttentionBackend
 from disagg.engine.batch import build_tensors
 from disagg.engine.draws import SamplingRows
+from disagg.engine.engine import Sampled
 from disagg.engine.plan import StepPlan
 from disagg.engine.sampler import sample
 from disagg.models import Decoder
@@ -14,8 +15,11 @@ from disagg.models import Decoder
 class ModelRunner:
     """One rank: a decoder, its KV pool and its attention. Used by one thread.
 
-    All ranks of a group run the same plans in the same order; rank 0 samples.
+    All ranks of a group run the same plans in the same order; rank 0 samples. Each step has ended
+    when `launch` returns.
     """
+
+    depth = 0
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend, pool: Tensor, page_size: int) -> None:
         self.pool = pool
@@ -25,8 +29,8 @@ class ModelRunner:
         self._page_size = page_size
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[int]:
-        """Run one step; one token for each sample of the plan on rank 0, none on the others.
+    def launch(self, plan: StepPlan) -> Sampled:
+        """Run one step; rank 0 samples, the others have no tokens.
 
         Raises:
             WorkerLost: another rank is gone; this one cannot go on either.
@@ -35,5 +39,6 @@ class ModelRunner:
         self._attention.plan(batch)
         logits = self._decoder.forward(token_ids, batch, self._attention, self.pool, logits_at)
         if self._decoder.tp.rank != 0 or plan.num_samples == 0:
-            return []
-        return sample(logits, SamplingRows.of(plan.samples))
+            return list
+        tokens = sample(logits, SamplingRows.of(plan.samples))
+        return lambda: tokens

@@ -83,6 +83,10 @@ class Decoder:
         """Where the weights are."""
         return self._embedding.device
 
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for steps of up to `num_tokens`: their buffers keep their addresses from here on."""
+        self._workspace.reserve(num_tokens)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -90,7 +94,7 @@ class Decoder:
         batch: AttentionBatch,
         attention: AttentionBackend,
         pool: Tensor,
-        logits_at: Tensor,
+        logits_at: Tensor | None,
     ) -> Tensor:
         """Run one step: store every new token's K and V in the pool, and compute some tokens' logits.
 
@@ -99,7 +103,7 @@ class Decoder:
             batch: Where they belong. `attention` has planned it.
             attention: Reads the pool.
             pool: This rank's pages, `[page, kv_head, layer, 2, page_size, head_dim]`; written to.
-            logits_at: Tokens whose logits are wanted, int64 `[n]`, indices into `token_ids`.
+            logits_at: Tokens whose logits are wanted, int64 `[n]`, indices into `token_ids`; None is all.
 
         Returns:
             Logits `[n, vocab_size]` on rank 0, in the model's dtype; `[n, 0]` on the other ranks.
@@ -108,19 +112,20 @@ class Decoder:
             WorkerLost: another rank was lost. The pool's new entries are then undefined.
         """
         eps, last = self.spec.rms_eps, len(self._layers) - 1
+        num_logits = len(token_ids if logits_at is None else logits_at)
         x = self._workspace.activations(len(token_ids))
         residual = self._embed(token_ids, x.residual)
         ops.rms_norm(residual, self._layers[0].input_norm, eps, out=x.normed)
         for i, layer in enumerate(self._layers):
             self._store_kv(i, layer, x, batch, pool)
-            if i == last and len(logits_at) == 0:
+            if i == last and num_logits == 0:
                 break  # a chunk in mid-prompt: its K and V are all that is wanted of it
             attention.run(i, x.q, pool, x.attended)
             attended = x.attended
-            if i == last:
+            if i == last and logits_at is not None:
                 # The rest of the last layer acts on each token alone.
                 attended, residual = attended[logits_at], residual[logits_at]
-                x = self._workspace.activations(len(logits_at))
+                x = self._workspace.activations(num_logits)
             ops.linear(attended.flatten(1), layer.output, layer.output_bias, out=x.delta)
             ops.add_rms_norm(self._sum(x.delta), residual, layer.mlp_norm, eps, out=x.normed)
             ops.linear(x.normed, layer.gate_up, layer.gate_up_bias, out=x.gate_up)
@@ -128,7 +133,7 @@ class Decoder:
             ops.linear(x.gated, layer.down, layer.down_bias, out=x.delta)
             next_norm = self._final_norm if i == last else self._layers[i + 1].input_norm
             ops.add_rms_norm(self._sum(x.delta), residual, next_norm, eps, out=x.normed)
-        return self._logits(x.normed[: len(logits_at)])
+        return self._logits(x.normed[:num_logits])
 
     def _embed(self, token_ids: Tensor, out: Tensor) -> Tensor:
         """Embeddings `[tokens, hidden]`; each rank adds those of its own part of the vocabulary."""

@@ -49,12 +49,16 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
         self._made: dict[int, Activations] = {}
 
+    def reserve(self, num_tokens: int) -> None:
+        """Grow now, so that buffers of up to `num_tokens` keep their addresses from here on."""
+        if num_tokens > self._capacity:
+            self._grow(num_tokens)
+
     def activations(self, num_tokens: int) -> Activations:
         """Buffers for `num_tokens`. All sizes share memory, so what is in one is lost by using another."""
         made = self._made.get(num_tokens)
         if made is None:
-            if num_tokens > self._capacity:
-                self._grow(num_tokens)
+            self.reserve(num_tokens)
             if len(self._made) == MAX_SIZES:
                 self._made.clear()
             made = self._made[num_tokens] = self._make(num_tokens)

@@ -103,7 +103,7 @@ def _follow(rank: Rank, thread: TransferThread, channel: Channel) -> None:
         message = TO_RANK.decode(payload)
         match message:
             case StepPlan():
-                rank.runner.run(message)
+                rank.runner.launch(message)
             case Submit():
                 port.submit(from_submit(message))
             case RankStart() | MeetingAnswer():

@@ -251,7 +251,8 @@ class WorkerService:
         output = self._engine.step()
         if output is None:
             return False
-        self._counts.step_s.observe(output.step_s)
+        if output.step_s:
+            self._counts.step_s.observe(output.step_s)
         for event in output.events:
             attempt = self._by_engine_id.get(event.request_id)
             if attempt is None or attempt.ended:

@@ -230,7 +230,7 @@ def test_ranks_that_follow_make_the_same_text(folder: Path, expected: list[Token
     def follower(rank: int) -> None:
         loaded, tp = join(rank)
         while (plan := links[rank - 1].get()) is not None:
-            loaded.runner.run(decoder(StepPlan).decode(plan))
+            loaded.runner.launch(decoder(StepPlan).decode(plan))
         tp.close()
 
     def send(plan: bytes | None) -> None:

@@ -55,10 +55,12 @@ def test_hundreds_of_requests_leave_as_much_as_sixty() -> None:
         def __init__(self, runner: object) -> None:
             self.runner = runner
 
-        def run(self, plan: object) -> list[int]:
-            tokens = self.runner.run(plan)
+        depth = 0
+
+        def launch(self, plan: object) -> object:
+            sampled = self.runner.launch(plan)
             self.runner.plans.clear()
-            return tokens
+            return sampled
 
     engine = make_engine(num_pages=64, max_num_seqs=8)
     engine._runner = NoPlans(engine._runner)

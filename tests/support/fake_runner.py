@@ -36,7 +36,8 @@ def _sample(total, vocab_size):
 
 
 class FakeRunner:
-    def __init__(self, num_pages, page_size, vocab_size):
+    def __init__(self, num_pages, page_size, vocab_size, depth=0):
+        self.depth = depth
         self.kv = [[None] * page_size for _ in range(num_pages)]
         self.page_size = page_size
         self.vocab_size = vocab_size
@@ -54,6 +55,11 @@ class FakeRunner:
         """A remote writer overwrites pages with something else."""
         for page in page_ids:
             self.kv[page] = [-1 - page] * self.page_size
+
+    def launch(self, plan):
+        """As a device would: the tokens are told only when they are asked for."""
+        tokens = self.run(plan)
+        return lambda: tokens
 
     def run(self, plan):
         self.plans.append(plan)

@@ -3,6 +3,7 @@
 import pytest
 
 from disagg.engine import ChunkDone, Refused, SequenceOutput
+from disagg.engine.plan import PENDING, int32s
 from support.clock import FakeClock
 from support.engines import VOCAB, make_engine, make_request, run_all
 from support.fake_runner import FakeRunner, expected_token
@@ -144,4 +145,38 @@ def test_a_runner_that_fails_takes_the_step_down_not_the_books() -> None:
     engine.add(make_request("a"))
     with pytest.raises(RuntimeError, match="a rank is gone"):
         engine.step()
+    engine.audit()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_steps_in_flight_change_nothing_but_the_time_of_telling(depth: int) -> None:
+    def generate(depth: int) -> tuple[list[object], FakeRunner]:
+        runner = FakeRunner(16, 4, VOCAB, depth=depth)
+        engine = make_engine(runner=runner, max_num_batched_tokens=8)
+        for name, prompt, max_tokens in (("a", range(9), 6), ("b", (1, 2), 9), ("c", (3, 4, 5), 4)):
+            engine.add(make_request(name, prompt, max_tokens=max_tokens))
+        events = run_all(engine)[1]
+        engine.audit()
+        assert engine.stats().pages_in_use == 0
+        told = sorted((e.request_id, e.position, tuple(e.token_ids), e.finish_reason) for e in events)
+        return told, runner
+
+    told, runner = generate(depth)
+    assert told == generate(0)[0]
+    pending = [plan for plan in runner.plans if (int32s(plan.token_ids) == PENDING).any()]
+    assert pending, "steps were planned before the tokens that they need were known"
+
+
+def test_a_step_in_flight_is_work_left() -> None:
+    engine = make_engine(runner=FakeRunner(16, 4, VOCAB, depth=1))
+    engine.add(make_request("a", (1, 2), max_tokens=1))
+    launched = engine.step()
+    assert launched is not None
+    assert (launched.events, launched.step_s) == ([], 0.0)
+    engine.abort("a")
+    assert engine.has_work, "its pages are pinned until it has retired"
+    retired = engine.step()
+    assert retired is not None
+    assert retired.events == []
+    assert not engine.has_work
     engine.audit()

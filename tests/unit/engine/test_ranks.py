@@ -55,7 +55,7 @@ def test_tokens_unknown_at_planning_are_filled_in_before_any_rank_sees_them() ->
             flights += [plan] if plan else []
             if len(flights) == depth or plan is None:
                 oldest = flights.pop(0)
-                tokens += scheduler.retire(oldest, leader.run(oldest))
+                tokens += scheduler.retire(oldest, leader.launch(oldest)())
         seen = [int32s(plan.token_ids) for plan in leader._local.plans]
         assert not any((ids == PENDING).any() for ids in seen)
         return [(e.request_id, e.position, e.token_ids) for e in tokens]
