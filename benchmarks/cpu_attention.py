@@ -18,7 +18,7 @@ from timing import best_of_rounds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from disagg.attention import AttentionBatch, make_attention
+from disagg.attention import AttentionBatch, AttentionSizes, make_attention
 from disagg.kv.layout import PageLayout
 from disagg.kv.views import layer_views
 from disagg.layers.memory import allocate
@@ -65,7 +65,7 @@ def compare(
     q = torch.randn(count * new, HEADS, DIM).to(dtype)
     out = torch.empty_like(q)
     ours = make_attention(
-        "cpu", layout=layout, num_qo_heads=HEADS, device="cpu", dtype=dtype, num_threads=threads
+        "cpu", AttentionSizes(layout=layout, num_qo_heads=HEADS, dtype=dtype), "cpu", threads
     )
     ours.plan(batch)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from disagg.attention import AttentionBatch, make_attention
+from disagg.attention import AttentionBatch, AttentionSizes, make_attention
 from disagg.checkpoint import DEFAULT_MODEL, resolve
 from disagg.kv.layout import PageLayout
 from disagg.layers.memory import allocate
@@ -47,7 +47,7 @@ class Ours:
         shape = (max_sequences * self._pages, *layout.shape)
         self._pool = allocate(prod(shape) * dtype.itemsize).view(dtype).view(shape)
         self._attention = make_attention(
-            "auto", layout=layout, num_qo_heads=spec.num_heads, device="cpu", dtype=dtype
+            "auto", AttentionSizes(layout=layout, num_qo_heads=spec.num_heads, dtype=dtype), "cpu"
         )
 
     def prefill(self, tokens: Tensor) -> Tensor:

@@ -74,7 +74,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         float, Meta(gt=0, le=1, description="Share of the GPU's memory for weights, activations and KV.")
     ] = 0.9
     attention_backend: Annotated[
-        str, Meta(description="`auto`, `cpu`, `fi` or `fa`; one for both phases, or PREFILL,DECODE.")
+        str,
+        Meta(
+            description="`auto`, `cpu`, `cuda` (decode only), `fi`, `fa` or `reference`; one for both phases, "
+            "or PREFILL,DECODE."
+        ),
     ] = "auto"
     prefix_cache: Annotated[PrefixCacheName, Meta(description="How computed pages are found again.")] = (
         "radix"

@@ -8,6 +8,7 @@ for completion in llm.generate(["The capital of France is"], SamplingParams(max_
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -100,10 +101,18 @@ class LLM:
         rank = load_rank(model, engine, progress=progress)
         self.spec = rank.spec
         self.engine = make_engine(rank, engine)
-        self.tokenizer = Tokenizer.from_folder(rank.files.path)
-        override = Path(model.chat_template) if model.chat_template else None
-        self._template = ChatTemplate.from_folder(rank.files.path, override)
+        self._path = rank.files.path
+        self._template_override = Path(model.chat_template) if model.chat_template else None
         self._numbers = count()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's; read when text is first used, so that token ids need none."""
+        return Tokenizer.from_folder(self._path)
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        return ChatTemplate.from_folder(self._path, self._template_override)
 
     @property
     def max_model_len(self) -> int:

@@ -3,7 +3,7 @@
 May import torch, `_cpu`, `kv`'s layout and views, `layers` and `errors`. Read `base.py` first.
 """
 
-from disagg.attention.base import AttentionBackend
+from disagg.attention.base import AttentionBackend, AttentionSizes
 from disagg.attention.batch import AttentionBatch
 from disagg.attention.cpu import CpuAttention
 from disagg.attention.factory import make_attention
@@ -13,6 +13,7 @@ from disagg.attention.reference import ReferenceAttention
 __all__ = [
     "AttentionBackend",
     "AttentionBatch",
+    "AttentionSizes",
     "CpuAttention",
     "PhasedAttention",
     "ReferenceAttention",

@@ -2,9 +2,27 @@
 
 from typing import Protocol
 
+import torch
+from msgspec import Struct
 from torch import Tensor
 
 from disagg.attention.batch import AttentionBatch
+from disagg.kv.layout import PageLayout
+
+
+class AttentionSizes(Struct, frozen=True, kw_only=True):
+    """What backends must know of a rank's model and of its largest step."""
+
+    layout: PageLayout
+    """This rank's pages."""
+    num_qo_heads: int
+    """Query heads of this rank."""
+    dtype: torch.dtype
+    """Of queries and the pool."""
+    max_rows: int = 0
+    """Sequences of one step. Backends on the CPU need neither this nor the next."""
+    max_page_indices: int = 0
+    """Pages of them all; a page counts once for each sequence that has it."""
 
 
 class AttentionBackend(Protocol):

@@ -43,7 +43,7 @@ class AttentionBatch(Struct, frozen=True, kw_only=True, eq=False):
     on_host: HostIndices | None = None
     """Set where the batch is on another device: reading an index back from there would wait for it."""
     is_static: bool = False
-    """Its tensors keep their addresses from step to step: what `run` launches may be replayed for a later one.
+    """Its tensors keep their addresses from step to step: what `run` launches may be replayed later.
 
     It may end in padding: sequences with a `kv_len` of 0, no pages, and a `token_pages` of -1.
     """

@@ -1,51 +1,46 @@
 """From `--attention-backend` to a backend."""
 
+from importlib.util import find_spec
+from typing import Literal
+
 import torch
 
-from disagg.attention.base import AttentionBackend
+from disagg.attention import flashinfer
+from disagg.attention.base import AttentionBackend, AttentionSizes
 from disagg.attention.cpu import CpuAttention
+from disagg.attention.cuda import CudaDecode
 from disagg.attention.phased import PhasedAttention
 from disagg.attention.reference import ReferenceAttention
 from disagg.errors import ConfigError
-from disagg.kv.layout import PageLayout
 
-NAMES = ("auto", "cpu", "reference", "fi", "fa")
+Phase = Literal["prefill", "decode"]
+
+NAMES = ("auto", "cpu", "cuda", "reference", "fi", "fa")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def make_attention(
-    spec: str,
-    *,
-    layout: PageLayout,
-    num_qo_heads: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    num_threads: int | None = None,
+    spec: str, sizes: AttentionSizes, device: torch.device | str, num_threads: int | None = None
 ) -> AttentionBackend:
     """Make the backend that `spec` names.
 
     Args:
         spec: A name for both phases, or PREFILL,DECODE. `auto` is the fastest that runs there.
-        layout: This rank's pages.
-        num_qo_heads: Query heads of this rank.
+        sizes: Of the model and its steps.
         device: Where the pool is.
-        dtype: Of queries and the pool.
         num_threads: CPU threads; by default torch's.
 
     Raises:
         ConfigError: an unknown name, or one that cannot run there; says what would.
     """
     where = torch.device(device)
-
-    def make(name: str) -> AttentionBackend:
-        name = _pick(name, where)
-        if name == "reference":
-            return ReferenceAttention()
-        _check_cpu(where, dtype)
-        return CpuAttention(layout, num_qo_heads, num_threads or torch.get_num_threads())
-
     prefill, decode = _parse(spec)
-    return make(prefill) if prefill == decode else PhasedAttention(make(prefill), make(decode))
+    prefill = _pick(prefill, "prefill", where, sizes)
+    decode = _pick(decode, "decode", where, sizes)
+    first = _make(prefill, "prefill", sizes, where, num_threads)
+    if prefill == decode and prefill != "fi":
+        return first
+    return PhasedAttention(first, _make(decode, "decode", sizes, where, num_threads))
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -58,17 +53,41 @@ def _parse(spec: str) -> tuple[str, str]:
     return names[0], names[-1]
 
 
-def _pick(name: str, device: torch.device) -> str:
-    """A name that can be made here."""
-    if name in ("fi", "fa"):
-        library, extra = {"fi": ("FlashInfer", "cuda"), "fa": ("flash-attn", "flash-attn")}[name]
+def _pick(name: str, phase: Phase, device: torch.device, sizes: AttentionSizes) -> str:
+    """What `auto` stands for here."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "cpu"
+    if phase == "decode" and find_spec("disagg._cuda") is not None:
+        return "cuda"
+    return "fi" if find_spec("flashinfer") is not None and flashinfer.takes(sizes) else "reference"
+
+
+def _make(
+    name: str, phase: Phase, sizes: AttentionSizes, device: torch.device, num_threads: int | None
+) -> AttentionBackend:
+    if name == "reference":
+        return ReferenceAttention()
+    if name == "cpu":
+        _check_cpu(device, sizes.dtype)
+        return CpuAttention(sizes.layout, sizes.num_qo_heads, num_threads or torch.get_num_threads())
+    if name == "fa":
         raise ConfigError(
-            f"attention_backend {name} is {library} on an NVIDIA GPU (extra `disagg[{extra}]`), which this "
-            "version does not have yet; use auto"
+            "attention_backend fa is flash-attn (extra `disagg[flash-attn]`), which this version does not "
+            "have yet; use auto"
         )
-    if name == "auto":
-        return "cpu" if device.type == "cpu" else "reference"
-    return name
+    if device.type != "cuda":
+        raise ConfigError(
+            f"attention_backend {name} runs on an NVIDIA GPU (extra `disagg[cuda]`), not on device "
+            f"{device.type}; use auto"
+        )
+    if name == "cuda":
+        if phase == "prefill":
+            raise ConfigError("attention_backend cuda is for decode alone; use fi,cuda")
+        return CudaDecode(sizes, device)
+    kind = flashinfer.FlashInferPrefill if phase == "prefill" else flashinfer.FlashInferDecode
+    return kind(sizes, device)
 
 
 def _check_cpu(device: torch.device, dtype: torch.dtype) -> None:

@@ -23,6 +23,9 @@ class PhasedAttention:
         """Prepare each backend for its part of `batch`."""
         self._num_decodes = batch.num_decodes
         self._num_prefills = batch.num_sequences - batch.num_decodes
+        if self._num_prefills == 0:
+            self._decode.plan(batch)  # as it is: it may be static
+            return
         if self._num_decodes:
             self._decode.plan(batch.sequences(0, batch.num_decodes))
         if self._num_prefills:

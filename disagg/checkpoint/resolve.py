@@ -39,18 +39,23 @@ class ModelFiles(Struct, frozen=True):
     """Where it was found, for people."""
 
 
-def resolve(model: str, *, origin: str = "--model", progress: Progress | None = None) -> ModelFiles:
+def resolve(
+    model: str, *, origin: str = "--model", progress: Progress | None = None, config_only: bool = False
+) -> ModelFiles:
     """Find or fetch the files of `model`; a GGUF is converted on its first use.
 
     Args:
         model: Folder, .gguf file or Hugging Face id.
         origin: Where the value comes from, for messages.
         progress: Told (bytes done, bytes in all) while a GGUF is converted.
+        config_only: Of a folder, config.json will do: its weights are to be dummies.
 
     Raises:
         ConfigError: no usable checkpoint is there; says what was tried.
     """
     try:
+        if config_only and (Path(model).expanduser() / "config.json").is_file():
+            return ModelFiles(Path(model).expanduser(), model, f"config.json in {model}")
         found = _find(model, origin, progress)
         for file in filter(Path.is_file, found.path.iterdir()):
             file.open("rb").close()

@@ -3,7 +3,8 @@
 Built on the host as one array of int32 and moved to the device by one copy.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from disagg.attention import AttentionBatch
+from disagg.attention.batch import HostIndices
 from disagg.engine.plan import StepPlan, int32s
+
+Int32s = NDArray[np.int32]
 
 
 class StepTensors(NamedTuple):
@@ -22,10 +26,17 @@ class StepTensors(NamedTuple):
     logits_at: Tensor
     """int64 `[samples]`: the last token of each row that is sampled."""
     batch: AttentionBatch
+    more: dict[str, Tensor]
+    """What was to travel with them."""
 
 
-def build_tensors(plan: StepPlan, page_size: int, device: torch.device) -> StepTensors:
-    """Lay out one step: where every new token stands in its sequence and in the pool."""
+def build_tensors(
+    plan: StepPlan, page_size: int, device: torch.device, more: Mapping[str, Int32s] | None = None
+) -> StepTensors:
+    """Lay out one step: where every new token stands in its sequence and in the pool.
+
+    `more` travels in the same copy.
+    """
     query_lens, kv_lens = int32s(plan.query_lens), int32s(plan.kv_lens)
     page_indptr, page_indices = int32s(plan.page_indptr), int32s(plan.page_indices)
     qo_indptr = np.zeros(plan.num_rows + 1, np.int32)
@@ -34,7 +45,9 @@ def build_tensors(plan: StepPlan, page_size: int, device: torch.device) -> StepT
     first_positions = kv_lens - query_lens - qo_indptr[:-1]
     positions = np.arange(plan.num_tokens, dtype=np.int32) + np.repeat(first_positions, query_lens)
     token_pages = page_indices[np.repeat(page_indptr[:-1], query_lens) + positions // page_size]
+    more = more or {}
     parts = {
+        **more,
         "token_ids": int32s(plan.token_ids),
         "logits_at": qo_indptr[1:][int32s(plan.samples.rows)] - 1,
         "qo_indptr": qo_indptr,
@@ -45,18 +58,21 @@ def build_tensors(plan: StepPlan, page_size: int, device: torch.device) -> StepT
         "token_pages": token_pages,
         "token_offsets": positions % page_size,
     }
-    tensors = _move(parts, device)
+    tensors: dict[str, Any] = _move(parts, device)
+    moved = {name: tensors.pop(name) for name in more}
     token_ids, logits_at = tensors.pop("token_ids"), tensors.pop("logits_at").long()
+    indices = (torch.from_numpy(array) for array in (qo_indptr, kv_lens.copy(), page_indptr.copy()))
     batch = AttentionBatch(
         num_decodes=plan.num_decodes,
         max_qo_len=int(query_lens.max()),
         max_kv_len=int(kv_lens.max()),
+        on_host=None if device.type == "cpu" else HostIndices(*indices),
         **tensors,
     )
-    return StepTensors(token_ids, logits_at, batch)
+    return StepTensors(token_ids, logits_at, batch, moved)
 
 
-def _move(parts: dict[str, NDArray[np.int32]], device: torch.device) -> dict[str, Tensor]:
+def _move(parts: dict[str, Int32s], device: torch.device) -> dict[str, Tensor]:
     joined = torch.from_numpy(np.concatenate(list(parts.values())))
     if device.type != "cpu":
         joined = joined.pin_memory().to(device, non_blocking=True)

@@ -6,15 +6,17 @@
 `build_engine` does both for a group of one.
 """
 
+import logging
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from math import prod
 
 import torch
 from msgspec import Struct
 from torch import Tensor
 
-from disagg.attention import make_attention
+from disagg.attention import AttentionBackend, AttentionSizes, make_attention
 from disagg.checkpoint import ModelFiles, resolve
 from disagg.config import EngineConfig, ModelConfig
 from disagg.engine.admission import Limits
@@ -23,9 +25,11 @@ from disagg.engine.ranks import LeadingRunner
 from disagg.engine.runner import ModelRunner
 from disagg.errors import ConfigError
 from disagg.kv import KvCache, PageLayout
-from disagg.models import ModelSpec, check_tensor_parallel, load_model, load_spec
+from disagg.models import Decoder, ModelSpec, check_tensor_parallel, load_model, load_spec
 from disagg.parallel import TensorParallel
 from disagg.protocol import KvLayout
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_POOL_BYTES = 1 << 30
@@ -46,12 +50,9 @@ class Rank(Struct, frozen=True, kw_only=True):
     max_model_len: int
     dtype: str
     device: torch.device
-    runner: ModelRunner
-
-    @property
-    def pool(self) -> Tensor:
-        """This rank's pages, C-contiguous `[page, kv_head, layer, 2, page_size, head_dim]`."""
-        return self.runner.pool
+    runner: Runner
+    pool: Tensor
+    """This rank's pages, C-contiguous `[page, kv_head, layer, 2, page_size, head_dim]`."""
 
 
 def load_rank(
@@ -73,7 +74,7 @@ def load_rank(
         ConfigError: the model cannot be had, or does not fit the configuration or the memory.
     """
     tp = tp or TensorParallel.single()
-    files = resolve(model.model)
+    files = resolve(model.model, config_only=model.load_format == "dummy")
     spec = load_spec(files.path)
     check_tensor_parallel(spec, tp.size)
     device = pick_device(model.device, tp.rank)
@@ -101,14 +102,14 @@ def load_rank(
     share = PageLayout.of(layout)
     num_pages = _agree(tp, _pool_bytes(engine, spec, device) // share.page_bytes, device)
     max_model_len = pick_max_model_len(model, spec, num_pages, engine.block_size)
-    attention = make_attention(
-        engine.attention_backend,
+    sizes = AttentionSizes(
         layout=share,
         num_qo_heads=spec.num_heads // tp.size,
-        device=device,
         dtype=DTYPES[dtype],
-        num_threads=engine.num_threads or torch.get_num_threads(),
+        max_rows=engine.max_num_seqs,
+        max_page_indices=engine.max_num_seqs * -(-max_model_len // engine.block_size),
     )
+    attention = make_attention(engine.attention_backend, sizes, device, engine.num_threads)
     pool = _make_pool((num_pages, *share.shape), DTYPES[dtype], device)
     return Rank(
         files=files,
@@ -118,7 +119,29 @@ def load_rank(
         max_model_len=max_model_len,
         dtype=dtype,
         device=device,
-        runner=ModelRunner(decoder, attention, pool, engine.block_size),
+        pool=pool,
+        runner=_make_runner(decoder, attention, pool, engine, sizes),
+    )
+
+
+def _make_runner(
+    decoder: Decoder, attention: AttentionBackend, pool: Tensor, engine: EngineConfig, sizes: AttentionSizes
+) -> Runner:
+    if decoder.device.type == "cpu" or decoder.tp.size > 1:
+        return ModelRunner(decoder, attention, pool, engine.block_size)
+    if find_spec("disagg._cuda") is None:
+        log.warning("this build has no CUDA kernels, as nvcc was not found: steps run operator by operator")
+        return ModelRunner(decoder, attention, pool, engine.block_size)
+    from disagg.engine.cuda_runner import CudaRunner
+
+    return CudaRunner(
+        decoder,
+        attention,
+        pool,
+        engine.block_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_step_tokens=pick_step_tokens(engine, decoder.device),
+        max_page_indices=sizes.max_page_indices,
     )
 
 
@@ -140,9 +163,9 @@ def make_engine(
     Raises:
         ConfigError: the limits contradict each other.
     """
-    runner: Runner = LeadingRunner(rank.runner, engine.max_num_seqs, send)
+    runner = rank.runner
     return Engine(
-        runner=runner,
+        runner=runner if runner.depth else LeadingRunner(runner, engine.max_num_seqs, send),
         cache=KvCache.make(rank.num_pages, engine.block_size, engine.prefix_cache),
         limits=Limits(
             max_num_seqs=engine.max_num_seqs,

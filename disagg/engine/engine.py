@@ -13,7 +13,6 @@ from disagg.engine.scheduler import Scheduler
 from disagg.engine.sequence import State
 from disagg.kv import KvCache
 
-
 Sampled = Callable[[], list[int]]
 """Waits for a launched step: one sampled token for each sample of its plan, in its order."""
 

@@ -22,8 +22,7 @@ class ModelRunner:
     depth = 0
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend, pool: Tensor, page_size: int) -> None:
-        self.pool = pool
-        """This rank's pages, `[page, kv_head, layer, 2, page_size, head_dim]`."""
+        self._pool = pool
         self._decoder = decoder
         self._attention = attention
         self._page_size = page_size
@@ -35,9 +34,9 @@ class ModelRunner:
         Raises:
             WorkerLost: another rank is gone; this one cannot go on either.
         """
-        token_ids, logits_at, batch = build_tensors(plan, self._page_size, self._decoder.device)
+        token_ids, logits_at, batch, _ = build_tensors(plan, self._page_size, self._decoder.device)
         self._attention.plan(batch)
-        logits = self._decoder.forward(token_ids, batch, self._attention, self.pool, logits_at)
+        logits = self._decoder.forward(token_ids, batch, self._attention, self._pool, logits_at)
         if self._decoder.tp.rank != 0 or plan.num_samples == 0:
             return list
         tokens = sample(logits, SamplingRows.of(plan.samples))

@@ -101,9 +101,12 @@ class NoiseSource:
         elif piece.name.endswith(".bias"):
             out.zero_()
         else:
-            start = zlib.crc32(piece.name.encode()) + (piece.columns.start if piece.columns else 0)
+            start = zlib.crc32(piece.name.encode())
+            if piece.columns is None or len(piece.columns) == shape[1]:
+                self._copy(start + piece.rows.start * shape[1], out.flatten())
+                return
             for i, row in enumerate(piece.rows):
-                self._copy(start + row * shape[1], out[i])
+                self._copy(start + piece.columns.start + row * shape[1], out[i])
 
     def _copy(self, start: int, out: Tensor) -> None:
         """Fill `out` with the endless repetition of the noise, from `start`."""

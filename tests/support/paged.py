@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from disagg.attention import AttentionBatch, make_attention
+from disagg.attention import AttentionBatch, AttentionSizes, make_attention
 from disagg.kv.layout import PageLayout
 from disagg.models import Decoder
 
@@ -36,7 +36,7 @@ class PagedDriver:
         layout = PageLayout(page_size, decoder.num_kv_heads, spec.num_layers, spec.head_dim, dtype.itemsize)
         self.decoder = decoder
         self.attention = make_attention(
-            attention, layout=layout, num_qo_heads=decoder.num_heads, device="cpu", dtype=dtype
+            attention, AttentionSizes(layout=layout, num_qo_heads=decoder.num_heads, dtype=dtype), "cpu"
         )
         self.page_size = page_size
         # What was never written must not be read.

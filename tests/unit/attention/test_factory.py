@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from disagg.attention import AttentionBackend, make_attention
+from disagg.attention import AttentionBackend, AttentionSizes, make_attention
 from disagg.errors import ConfigError
 from disagg.kv.layout import PageLayout
 
 
 def make(spec: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionBackend:
     layout = PageLayout(16, 1, 1, 64, dtype.itemsize)
-    return make_attention(spec, layout=layout, num_qo_heads=3, device=device, dtype=dtype, num_threads=1)
+    return make_attention(spec, AttentionSizes(layout=layout, num_qo_heads=3, dtype=dtype), device, 1)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_name_or_a_pair_makes_its_backends(spec: str, name: str) -> None:
 
 @pytest.mark.parametrize("spec", ["", "gpu", "cpu,", "cpu,cpu,cpu"])
 def test_an_unknown_name_is_refused_with_those_that_exist(spec: str) -> None:
-    with pytest.raises(ConfigError, match="auto, cpu, reference, fi, fa"):
+    with pytest.raises(ConfigError, match="auto, cpu, cuda, reference, fi, fa"):
         make(spec)
 
 

@@ -22,7 +22,7 @@ def test_a_mixed_step() -> None:
     scheduler.add(make_request("b", range(10), max_tokens=9, cache_salt="b"))
     scheduler.add(make_request("c", range(9), max_tokens=9, cache_salt="c"))
     plan = scheduler.plan()
-    token_ids, logits_at, batch = build_tensors(plan, PAGE_SIZE, CPU)
+    token_ids, logits_at, batch, _ = build_tensors(plan, PAGE_SIZE, CPU)
     assert batch.num_decodes == 1
     assert batch.qo_indptr.tolist() == [0, 1, 11, 12]
     assert batch.kv_lens.tolist() == [6, 10, 1]
@@ -44,7 +44,7 @@ def test_every_token_lands_where_its_page_table_says() -> None:
             prompt = [rng.randint(0, 10) for _ in range(rng.randint(1, 9))]
             scheduler.add(make_request(f"r{i}", prompt, max_tokens=5))
         while (plan := scheduler.plan()) is not None:
-            token_ids, logits_at, batch = build_tensors(plan, page_size, CPU)
+            token_ids, logits_at, batch, _ = build_tensors(plan, page_size, CPU)
             assert batch.num_sequences == plan.num_rows
             row = 0
             for token in range(plan.num_tokens):

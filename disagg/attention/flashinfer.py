@@ -1,0 +1,151 @@
+"""Attention by FlashInfer's kernels, on NVIDIA GPUs. The library shows in this module alone.
+
+Prefill is its `fa3` on Hopper and `fa2` elsewhere; decode its tensor-core kernel. Both plan on the
+host and copy the plan to the device through page-locked memory of their own: the caller lets the
+device take one step's inputs before it plans the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disagg.attention.base import AttentionSizes
+from disagg.attention.batch import AttentionBatch
+from disagg.errors import ConfigError
+from disagg.kv.views import layer_views
+
+WORKSPACE_BYTES = 256 << 20
+"""As FlashInfer recommends; it holds the partial results of split sequences."""
+HOPPER = (9, 0)
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128, 256)
+
+
+class FlashInferPrefill:
+    """Sequences with any number of new tokens."""
+
+    name = "fi"
+
+    def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
+        """Raises ConfigError where FlashInfer is missing or takes no such model."""
+        flashinfer = _import(sizes)
+        backend = "fa3" if torch.cuda.get_device_capability(device) == HOPPER else "fa2"
+        self._arguments = _arguments(sizes)
+        self._page_size = sizes.layout.page_size
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            _workspace(device), "HND", backend=backend
+        )
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for `batch`."""
+        host = batch.host
+        self._wrapper.plan(
+            host.qo_indptr,
+            host.page_indptr,
+            batch.page_indices,
+            _last_page_lens(host.kv_lens, self._page_size),
+            **self._arguments,
+            causal=True,
+        )
+
+    def run(self, layer: int, q: Tensor, pool: Tensor, out: Tensor) -> None:
+        """Attend with the planned batch's tokens."""
+        self._wrapper.run(q, layer_views(pool, layer), out=out)
+
+
+class FlashInferDecode:
+    """Sequences with one new token each."""
+
+    name = "fi"
+
+    def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
+        """Raises ConfigError where FlashInfer is missing or takes no such model."""
+        self._flashinfer = _import(sizes)
+        arguments = _arguments(sizes)
+        self._arguments = {"head_dim": arguments.pop("head_dim_qk"), **arguments}
+        self._page_size = sizes.layout.page_size
+        self._device = device
+        self._workspace = _workspace(device)
+        self._page_indices = torch.zeros(sizes.max_page_indices, dtype=torch.int32, device=device)
+        self._eager = self._make()
+        self._static: dict[int, Any] = {}
+        self._planned = self._eager
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for `batch`."""
+        self._planned = self._wrapper_of(batch)
+        host = batch.host
+        self._planned.plan(
+            host.page_indptr,
+            batch.page_indices[: int(host.page_indptr[-1])],
+            _last_page_lens(host.kv_lens, self._page_size),
+            **self._arguments,
+        )
+
+    def run(self, layer: int, q: Tensor, pool: Tensor, out: Tensor) -> None:
+        """Attend with the planned batch's tokens."""
+        self._planned.run(q, layer_views(pool, layer), out=out)
+
+    def _wrapper_of(self, batch: AttentionBatch) -> Any:
+        if not batch.is_static:
+            return self._eager
+        n = batch.num_sequences
+        if n not in self._static:
+            self._static[n] = self._make(
+                use_cuda_graph=True,
+                paged_kv_indptr_buffer=torch.zeros(n + 1, dtype=torch.int32, device=self._device),
+                paged_kv_indices_buffer=self._page_indices,
+                paged_kv_last_page_len_buffer=torch.zeros(n, dtype=torch.int32, device=self._device),
+            )
+        return self._static[n]
+
+    def _make(self, **options: Any) -> Any:
+        return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "HND", use_tensor_cores=True, **options
+        )
+
+
+def takes(sizes: AttentionSizes) -> bool:
+    """Whether its kernels take this model."""
+    return sizes.dtype in DTYPES and sizes.layout.head_dim in HEAD_DIMS
+
+
+def _import(sizes: AttentionSizes) -> Any:
+    try:
+        import flashinfer
+    except ImportError as error:
+        raise ConfigError(
+            f"attention_backend fi needs FlashInfer: install disagg[cuda] ({error}); or use reference"
+        ) from error
+    if sizes.dtype not in DTYPES:
+        name = str(sizes.dtype).removeprefix("torch.")
+        raise ConfigError(f"attention_backend fi takes dtype bfloat16 or float16, got {name}; use reference")
+    if sizes.layout.head_dim not in HEAD_DIMS:
+        raise ConfigError(
+            f"attention_backend fi takes heads of 64, 128 or 256, the model's have {sizes.layout.head_dim}; "
+            "use reference"
+        )
+    return flashinfer
+
+
+def _arguments(sizes: AttentionSizes) -> dict[str, Any]:
+    return {
+        "num_qo_heads": sizes.num_qo_heads,
+        "num_kv_heads": sizes.layout.num_heads,
+        "head_dim_qk": sizes.layout.head_dim,
+        "page_size": sizes.layout.page_size,
+        "q_data_type": sizes.dtype,
+        "kv_data_type": sizes.dtype,
+    }
+
+
+def _workspace(device: torch.device) -> Tensor:
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def _last_page_lens(kv_lens: Tensor, page_size: int) -> Tensor:
+    """Tokens in each sequence's last page; 0 for one without pages."""
+    return torch.where(kv_lens > 0, (kv_lens - 1) % page_size + 1, 0).int()

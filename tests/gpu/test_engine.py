@@ -1,0 +1,122 @@
+"""Whole engines on the GPU: their tokens are the CPU's in float32, however steps are run."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from disagg.config import EngineConfig, ModelConfig
+from disagg.engine.build import load_rank
+from disagg.engine.cuda_runner import CudaRunner
+from disagg.engine.runner import ModelRunner
+from disagg.llm import LLM
+from disagg.protocol import SamplingParams
+from support.checkpoints import make_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+NUM_OUTPUT = 40
+LENGTHS = (1, 2, 15, 16, 17, 40, 100, 130, 3, 31, 64, 65, 200)
+POOL_BYTES = 64 << 20
+
+
+def make_prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(3, 320) for _ in range(n)] for n in LENGTHS]
+
+
+PROMPTS = make_prompts()
+GREEDY = SamplingParams(max_tokens=NUM_OUTPUT, temperature=0, ignore_eos=True)
+SEEDED = [
+    SamplingParams(
+        max_tokens=NUM_OUTPUT,
+        temperature=0.3 + 0.1 * i,
+        top_k=(0, 20, 0)[i % 3],
+        top_p=(1.0, 0.9)[i % 2],
+        min_p=(0.0, 0.0, 0.01)[i % 3],
+        seed=i * 0x9E3779B97F4A7C15 % 2**64,
+        ignore_eos=True,
+    )
+    for i in range(len(PROMPTS))
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
+
+
+def make_llm(folder: Path, device: str, **options: object) -> LLM:
+    fields = {"dtype": "float32", "kv_cache_memory_bytes": POOL_BYTES, "max_num_seqs": 16}
+    return LLM(str(folder), device=device, **{**fields, **options})
+
+
+def tokens_of(llm: LLM, sampling: list[SamplingParams]) -> list[list[int]]:
+    out = [completion.token_ids for completion in llm.generate(PROMPTS, sampling)]
+    stats = llm.engine.stats()
+    assert (stats.pages_in_use, stats.running, stats.waiting) == (0, 0, 0)
+    llm.engine.audit()
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[list[int]]]:
+    llm = make_llm(folder, "cpu")
+    return {"greedy": tokens_of(llm, [GREEDY] * len(PROMPTS)), "seeded": tokens_of(llm, SEEDED)}
+
+
+@pytest.mark.parametrize("budget", [16, 64, 1024])
+def test_float32_tokens_are_the_cpus(folder: Path, expected: dict[str, list[list[int]]], budget: int) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    llm = make_llm(folder, "cuda", max_num_batched_tokens=budget, attention_backend="reference,cuda")
+    assert tokens_of(llm, [GREEDY] * len(PROMPTS)) == expected["greedy"]
+    assert tokens_of(llm, SEEDED) == expected["seeded"]
+
+
+def test_a_mixed_step_does_not_disturb_decodes(folder: Path, expected: dict[str, list[list[int]]]) -> None:
+    """Prompts that come one by one meet the decodes of those before them in one step."""
+    llm = make_llm(
+        folder, "cuda", max_num_batched_tokens=32, max_num_seqs=4, attention_backend="reference,cuda"
+    )
+    assert tokens_of(llm, [GREEDY] * len(PROMPTS)) == expected["greedy"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "fi", "fi,cuda", "reference"])
+def test_bfloat16_logits_are_near(backend: str, shape_64: Path) -> None:
+    """Tokens of a real head size; a token that differs from the reference's was a near-tie."""
+    reference = make_llm(
+        shape_64, "cuda", dtype="float32", attention_backend="reference", load_format="dummy"
+    )
+    llm = make_llm(shape_64, "cuda", dtype="bfloat16", attention_backend=backend, load_format="dummy")
+    wanted = list(reference.run([(p, GREEDY) for p in PROMPTS]))
+    got = list(llm.run([(p, GREEDY) for p in PROMPTS]))
+    first = {progress.index: progress.token_ids[0] for progress in reversed(wanted)}
+    agree = sum(first[p.index] == p.token_ids[0] for p in {q.index: q for q in reversed(got)}.values())
+    assert agree >= len(PROMPTS) - 2
+    llm.engine.audit()
+
+
+@pytest.fixture(scope="module")
+def shape_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 64 and a group of 3, as the default model has."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("shape"),
+        "llama",
+        hidden_size=576,
+        num_attention_heads=9,
+        head_dim=64,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+    )
+
+
+def test_a_gpu_gets_graphs(folder: Path) -> None:
+    model = ModelConfig(model=str(folder), device="cuda", dtype="bfloat16")
+    engine = EngineConfig(
+        kv_cache_memory_bytes=POOL_BYTES, max_num_seqs=16, attention_backend="reference,cuda"
+    )
+    rank = load_rank(model, engine)
+    assert isinstance(rank.runner, CudaRunner)
+    assert not isinstance(rank.runner, ModelRunner)
+    assert rank.runner.depth == 1
