@@ -24,6 +24,7 @@ using namespace nb::literals;
 namespace disagg::bindings {
 namespace {
 
+using Tensor = TensorOn<dlpack::kCpu, dlpack::kCudaHost>;
 using Level = std::optional<cpu::Isa>;
 
 cpu::Isa isa_of(Level level) {

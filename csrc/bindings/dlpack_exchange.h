@@ -41,7 +41,7 @@ struct ExchangeApi {
   int (*tensor_from_object)(void* object, Tensor* out);
 };
 
-inline constexpr std::int32_t kCpu = 1, kCudaHost = 3;
+inline constexpr std::int32_t kCpu = 1, kCuda = 2, kCudaHost = 3;
 inline constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 }  // namespace disagg::bindings::dlpack

@@ -1,4 +1,4 @@
-// A CPU tensor argument of a bound function, lent by torch for the length of the call.
+// A tensor argument of a bound function, lent by torch for the length of the call.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -11,11 +11,15 @@
 
 namespace disagg::bindings {
 
+// A tensor in the memory of one of `Devices`; others are TypeErrors. A module names its own type.
 // Owns nothing. Shape and strides are in elements, and belong to the Python object.
-class Tensor {
+template <std::int32_t... Devices>
+class TensorOn {
  public:
-  Tensor() = default;
-  explicit Tensor(const dlpack::Tensor& view) : view_(view) {}
+  TensorOn() = default;
+  explicit TensorOn(const dlpack::Tensor& view) : view_(view) {}
+
+  static bool takes(std::int32_t device) { return ((device == Devices) || ...); }
 
   int ndim() const { return view_.ndim; }
   std::int64_t size(int axis) const { return view_.shape[axis]; }
@@ -28,7 +32,7 @@ class Tensor {
   bool is(std::uint8_t code, int bits) const {
     return view_.dtype.code == code && view_.dtype.bits == bits && view_.dtype.lanes == 1;
   }
-  bool same_dtype(const Tensor& other) const {
+  bool same_dtype(const TensorOn& other) const {
     return view_.dtype.code == other.view_.dtype.code && view_.dtype.bits == other.view_.dtype.bits;
   }
   // Whether axes from `first` on lie without gaps.
@@ -77,9 +81,10 @@ inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
 
 namespace nanobind::detail {
 
-template <>
-struct type_caster<disagg::bindings::Tensor> {
-  NB_TYPE_CASTER(disagg::bindings::Tensor, const_name("torch.Tensor"))
+template <std::int32_t... Devices>
+struct type_caster<disagg::bindings::TensorOn<Devices...>> {
+  using Tensor = disagg::bindings::TensorOn<Devices...>;
+  NB_TYPE_CASTER(Tensor, const_name("torch.Tensor"))
 
   bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
     namespace bindings = disagg::bindings;
@@ -90,9 +95,8 @@ struct type_caster<disagg::bindings::Tensor> {
       PyErr_Clear();
       return false;
     }
-    if (view.device.type != bindings::dlpack::kCpu && view.device.type != bindings::dlpack::kCudaHost)
-      return false;
-    value = bindings::Tensor(view);
+    if (!Tensor::takes(view.device.type)) return false;
+    value = Tensor(view);
     return true;
   }
 };

@@ -1,7 +1,8 @@
 """The pieces that decoders are made of.
 
-`ops.py` has the operators and picks the kernel for the device: the C++ of csrc/cpu, or torch.
-`rope.py` makes rotary tables. May import torch, `_cpu`, `kv`'s views and `errors`.
+`ops.py` has the operators and picks who does the work: `cpu_ops.py` (the C++ of csrc/cpu),
+`cuda_ops.py` (csrc/cuda) or `torch_ops.py`. `rope.py` makes rotary tables. May import torch, `_cpu`,
+`_cuda`, `kv`'s views and `errors`.
 """
 
 from disagg.layers.rope import RopeSpec, cos_sin_cache

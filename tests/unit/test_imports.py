@@ -21,7 +21,7 @@ LAYERS = {
     "telemetry": set(),
     "security": {"errors", "telemetry"},
     "kv": {"_core", "errors", "protocol"},
-    "layers": {"_cpu", "errors", "kv"},
+    "layers": {"_cpu", "_cuda", "errors", "kv"},
     "parallel": {"errors"},
     "attention": {"_cpu", "errors", "kv", "layers"},
     "models": {"attention", "checkpoint", "errors", "kv", "layers", "parallel", "protocol"},

@@ -1,5 +1,6 @@
 """Operators against float64, at every level this processor runs."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from disagg import _cpu
 from disagg._cpu import Level, levels
-from disagg.layers import RopeSpec, cos_sin_cache, ops
+from disagg.layers import RopeSpec, cos_sin_cache, cpu_ops, ops, torch_ops
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Half an ulp of bfloat16 is 2^-9 of the value; where a kernel rounds twice, two.
@@ -345,3 +346,20 @@ def test_levels_end_with_the_best_and_others_are_refused() -> None:
     for level in missing:
         with pytest.raises(ValueError, match="does not run"):
             _cpu.silu_and_mul(torch.zeros(1, 2), torch.zeros(1, 1), 1, level)
+
+
+def test_without_cuda_kernels_torch_serves_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A build that found no nvcc is slow on a GPU; nobody should have to guess why."""
+    monkeypatch.setitem(sys.modules, "disagg.layers.cuda_ops", None)
+    assert ops._ops_of_cuda.__wrapped__() is torch_ops
+    (line,) = caplog.messages
+    assert "nvcc" in line
+
+
+def test_types_without_kernels_take_torchs_way() -> None:
+    assert ops._ops_for(torch.zeros(1)) is cpu_ops
+    assert ops._ops_for(torch.zeros(1).bfloat16()) is cpu_ops
+    assert ops._ops_for(torch.zeros(1).half()) is torch_ops
+    assert ops._ops_for(torch.zeros(1, device="meta")) is torch_ops

@@ -1,0 +1,64 @@
+"""CUDA kernels for Hopper: row operators, sampling and attention over the paged KV pool.
+
+Absent where the build found no nvcc. Tensors are on the current CUDA device and float32, float16 or
+bfloat16, all of one call alike; indices are int32 vectors. A wrong shape, stride or type is a
+ValueError; what indices say is not checked. `stream` is the raw handle of a CUDA stream: a call only
+launches there, and may be captured in a graph. RuntimeError where CUDA refuses the launch.
+"""
+
+from torch import Tensor
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float, stream: int
+) -> None:
+    """`out = norm(x) * weight`; with a residual `residual += x`, and the norm is of the sum.
+
+    `out` may be `x`.
+    """
+
+def silu_and_mul(gate_up: Tensor, out: Tensor, stream: int) -> None:
+    """`out[rows, n] = silu(gate_up[:, :n]) * gate_up[:, n:]`."""
+
+def rope_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    pool: Tensor,
+    layer: int,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    stream: int,
+) -> None:
+    """Norm (if weights are given) and rotate q and k in place; write k and v to their slots in the pool.
+
+    A token whose page is -1 is padding: nothing of it is read or written.
+    """
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    keys: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    last_tokens: Tensor,
+    stream: int,
+) -> None:
+    """Draw a token of each row of `logits` `[rows, vocab]`, as engine/sampler.py does.
+
+    `keys` are int32 `[rows, 2]`, the halves of each draw's key, lower first. The token goes to
+    `out[row]` and to `last_tokens[slots[row]]`; a row whose slot is -1 is padding and writes nothing.
+    """
+
+def gather_tokens(token_ids: Tensor, slots: Tensor, last_tokens: Tensor, stream: int) -> None:
+    """`token_ids[i] = last_tokens[slots[i]]` where it is PENDING (-1); 0 where the slot is -1 as well."""
+
+def embedding(token_ids: Tensor, weight: Tensor, out: Tensor, stream: int) -> None:
+    """`out[i] = weight[token_ids[i]]`; a row of NaN where the id is outside of the vocabulary."""

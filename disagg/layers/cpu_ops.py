@@ -1,0 +1,69 @@
+"""The operators of `ops.py` by the C++ kernels of csrc/cpu, for float32 and bfloat16."""
+
+import torch
+from torch import Tensor
+
+from disagg import _cpu
+from disagg.layers import torch_ops
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """See ops."""
+    width = x.shape[-1]
+    rows = x if x.ndim == 2 else x.reshape(-1, width)
+    _cpu.rms_norm(rows, None, weight, out.view(-1, width), eps, torch.get_num_threads())
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """See ops."""
+    _cpu.rms_norm(x, residual, weight, out, eps, torch.get_num_threads())
+
+
+def rope_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    pool: Tensor,
+    layer: int,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> None:
+    """See ops. Takes no padding: every token has a page."""
+    where = (pool, layer, token_pages, token_offsets)
+    norms = (q_norm_weight, k_norm_weight, eps)
+    _cpu.rope_and_store(q, k, v, positions, cos_sin_cache, *where, *norms, torch.get_num_threads())
+
+
+def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
+    """See ops."""
+    _cpu.silu_and_mul(gate_up, out, torch.get_num_threads())
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """See ops."""
+    n, k = weight.shape
+    if n % _cpu.PANEL or k * weight.itemsize % 4 or not weight.is_contiguous():
+        return weight
+    _cpu.pack_linear(weight, torch.get_num_threads())
+    return weight.view(n // _cpu.PANEL, k * weight.itemsize // 4, _cpu.PANEL, 4 // weight.itemsize)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """See ops."""
+    if x.shape[1] % 2 and x.dtype == torch.bfloat16:  # the kernels read it in pairs
+        torch_ops.linear(x, weight, bias, out)
+    else:
+        _cpu.linear(x, weight, bias, out, torch.get_num_threads())
+
+
+def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
+    """See ops."""
+    if weight.ndim == 2:
+        torch_ops.embedding(token_ids, weight, out)
+    else:
+        _cpu.unpack_rows(weight, token_ids.long(), out, torch.get_num_threads())

@@ -1,0 +1,81 @@
+"""The operators of `ops.py` in torch: for devices and types without kernels of ours."""
+
+import torch
+from torch import Tensor
+
+from disagg.kv.views import layer_views
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """See ops."""
+    out.copy_(_norm(x, weight, eps))
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """See ops."""
+    residual += x
+    out.copy_(_norm(residual, weight, eps))
+
+
+def rope_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    pool: Tensor,
+    layer: int,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> None:
+    """See ops. Takes no padding: every token has a page."""
+    for x, weight in ((q, q_norm_weight), (k, k_norm_weight)):
+        if weight is not None:
+            x.copy_(_norm(x, weight, eps))
+        _rotate(x, cos_sin_cache[positions.long()][:, None])
+    keys, values = layer_views(pool, layer)
+    slots = (token_pages.long(), slice(None), token_offsets.long())
+    keys[slots] = k
+    values[slots] = v
+
+
+def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
+    """See ops."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.mul(torch.nn.functional.silu(gate), up, out=out)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """See ops. torch reads weights as they are."""
+    return weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """See ops."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
+    """See ops."""
+    torch.index_select(weight, 0, token_ids, out=out)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> None:
+    """Rotate `[tokens, heads, dim]` in place by `[tokens, 1, rotary_dim]`."""
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin[..., :half], cos_sin[..., half:]
+    a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+    x[..., :half] = a * cos - b * sin
+    x[..., half : 2 * half] = b * cos + a * sin
