@@ -62,3 +62,38 @@ def gather_tokens(token_ids: Tensor, slots: Tensor, last_tokens: Tensor, stream:
 
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor, stream: int) -> None:
     """`out[i] = weight[token_ids[i]]`; a row of NaN where the id is outside of the vocabulary."""
+
+class DecodeAttention:
+    """Attention of rows with one new token each, over any lengths: the work is divided on the device."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        max_rows: int,
+        dtype: object,
+        num_sms: int,
+    ) -> None:
+        """Raises ValueError, which names the argument, for sizes that no kernel takes."""
+
+    def workspace_bytes(self) -> int:
+        """What `plan` and `run` want of zeroed memory, for as long as they are used."""
+
+    def plan(self, kv_lens: Tensor, page_indptr: Tensor, workspace: Tensor, stream: int) -> None:
+        """Divide the work of a step; once before its layers."""
+
+    def run(
+        self,
+        q: Tensor,
+        pool: Tensor,
+        layer: int,
+        page_indices: Tensor,
+        kv_lens: Tensor,
+        page_indptr: Tensor,
+        out: Tensor,
+        workspace: Tensor,
+        stream: int,
+    ) -> None:
+        """Attend in one layer; a row of length 0 gets zeros."""

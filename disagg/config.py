@@ -76,8 +76,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     attention_backend: Annotated[
         str,
         Meta(
-            description="`auto`, `cpu`, `cuda` (decode only), `fi`, `fa` or `reference`; one for both phases, "
-            "or PREFILL,DECODE."
+            description="`auto`, `cpu`, `cuda` (decode only), `fi`, `fa` or `reference`; "
+            "one for both phases, or PREFILL,DECODE."
         ),
     ] = "auto"
     prefix_cache: Annotated[PrefixCacheName, Meta(description="How computed pages are found again.")] = (

@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings/tensor.h"
+#include "bindings/cuda_tensor.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -44,12 +44,6 @@ bool has(const Tensor& t, Attention::Element element) {
 bool is_aligned(const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0; }
 
 bool is_int32(const Tensor& t) { return t.ndim() == 1 && t.is(dlpack::kInt, 32) && t.packed_from(0); }
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("decode attention: ") + cudaGetErrorString(error));
-}
-
-cudaStream_t stream_of(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 class DecodeAttention {
  public:

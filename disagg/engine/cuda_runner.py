@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from disagg import _cuda
 from disagg.attention import AttentionBackend, AttentionBatch
 from disagg.attention.batch import HostIndices
 from disagg.engine.batch import build_tensors
@@ -22,6 +21,7 @@ from disagg.engine.draws import SamplingRows
 from disagg.engine.engine import Sampled
 from disagg.engine.plan import StepPlan, int32s
 from disagg.engine.windows import SAMPLING_FIELDS, RowWindows, graph_sizes, sampling_arrays
+from disagg.layers import cuda_ops
 from disagg.models import Decoder
 from disagg.telemetry import fields
 
@@ -156,7 +156,7 @@ class CudaRunner:
         """One token more of each sequence of a static batch: all that a graph holds."""
         n = batch.num_sequences
         token_ids, slots = self._view("token_ids", n), self._view("slots", n)
-        _cuda.gather_tokens(token_ids, slots, self._last_tokens, self._current())
+        cuda_ops.gather_tokens(token_ids, slots, self._last_tokens)
         logits = self._decoder.forward(token_ids, batch, self._attention, self._pool, None)
         sampling = {name: self._view(name, n) for name in SAMPLING_FIELDS}
         self._sample(logits, _Draws.of(sampling, slots))
@@ -198,7 +198,7 @@ class CudaRunner:
         token_ids, logits_at, batch, inputs = tensors
         if plan.num_decodes:
             decoding = inputs["decoding"]
-            _cuda.gather_tokens(token_ids[: len(decoding)], decoding, self._last_tokens, self._current())
+            cuda_ops.gather_tokens(token_ids[: len(decoding)], decoding, self._last_tokens)
         self._attention.plan(batch)
         logits = self._decoder.forward(token_ids, batch, self._attention, self._pool, logits_at)
         if plan.num_samples:
@@ -206,8 +206,4 @@ class CudaRunner:
 
     def _sample(self, logits: Tensor, draws: _Draws) -> None:
         out = self._tokens[: len(draws.slots)]
-        _cuda.sample(logits, *draws, out, self._last_tokens, self._current())
-
-    def _current(self) -> int:
-        """The stream that kernels go to: another one while a graph is captured."""
-        return torch.cuda.current_stream(self._device).cuda_stream
+        cuda_ops.sample(logits, *draws, out, self._last_tokens)
