@@ -39,6 +39,11 @@ class AttentionBackend(Protocol):
         """As `--attention-backend` spells it."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether decodes may be captured in a CUDA graph: `run` launches and neither waits nor allocates."""
+        ...
+
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare for `batch`; what was planned before is forgotten."""
         ...

@@ -16,6 +16,7 @@ class CpuAttention:
     """
 
     name = "cpu"
+    capturable = False
 
     def __init__(
         self, layout: PageLayout, num_qo_heads: int, num_threads: int, level: Level | None = None

@@ -12,6 +12,7 @@ class CudaDecode:
     """Sequences with one new token each; any lengths, without a plan on the host."""
 
     name = "cuda"
+    capturable = True
 
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where this build has no CUDA kernels or they do not take these sizes."""

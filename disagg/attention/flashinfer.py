@@ -28,6 +28,7 @@ class FlashInferPrefill:
     """Sequences with any number of new tokens."""
 
     name = "fi"
+    capturable = True
 
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where FlashInfer is missing or takes no such model."""
@@ -60,6 +61,7 @@ class FlashInferDecode:
     """Sequences with one new token each."""
 
     name = "fi"
+    capturable = True
 
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where FlashInfer is missing or takes no such model."""

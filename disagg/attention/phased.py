@@ -19,6 +19,11 @@ class PhasedAttention:
         """Both names, as `--attention-backend` spells them."""
         return f"{self._prefill.name},{self._decode.name}"
 
+    @property
+    def capturable(self) -> bool:
+        """As the decode backend says: prefill is not captured."""
+        return self._decode.capturable
+
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare each backend for its part of `batch`."""
         self._num_decodes = batch.num_decodes

@@ -11,6 +11,7 @@ class ReferenceAttention:
     """Gathers each sequence's pages and attends in float32, on any device."""
 
     name = "reference"
+    capturable = False
 
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare for `batch`."""

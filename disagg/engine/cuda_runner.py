@@ -90,14 +90,15 @@ class CudaRunner:
         self._graphs: dict[int, _Graph] = {}
         self._sizes = graph_sizes(max_num_seqs)
         torch.cuda.synchronize(device)
-        self._capture()
+        if attention.capturable:
+            self._capture()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Sampled:
         """Begin one step."""
         with torch.cuda.stream(self._stream):
             self._taken.synchronize()
-            if plan.num_rows == plan.num_decodes:
+            if self._graphs and plan.num_rows == plan.num_decodes:
                 self._replay(plan)
             else:
                 self._run(plan)

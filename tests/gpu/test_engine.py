@@ -83,7 +83,7 @@ def test_a_mixed_step_does_not_disturb_decodes(folder: Path, expected: dict[str,
 
 
 @pytest.mark.parametrize("backend", ["auto", "fi", "fi,cuda", "reference"])
-def test_bfloat16_logits_are_near(backend: str, shape_64: Path) -> None:
+def test_bfloat16_tokens_are_near(backend: str, shape_64: Path) -> None:
     """Tokens of a real head size; a token that differs from the reference's was a near-tie."""
     reference = make_llm(
         shape_64, "cuda", dtype="float32", attention_backend="reference", load_format="dummy"
