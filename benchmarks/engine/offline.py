@@ -55,6 +55,37 @@ def measure(llm: LLM, work: Work) -> dict[str, float]:
     return {"seconds": seconds, "tokens": num_tokens, "first_token_s": first}
 
 
+class Timeline:
+    """What the device did in each step, by events around what the runner launches."""
+
+    def __init__(self, runner: Any) -> None:
+        self._launch, self._stream = runner.launch, runner._stream
+        self.steps: list[tuple[int, int, Any, Any]] = []
+        runner.launch = self.launch
+
+    def launch(self, plan: Any) -> Any:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(self._stream)
+        sampled = self._launch(plan)
+        end.record(self._stream)
+        self.steps.append((plan.num_rows - plan.num_decodes, plan.num_decodes, begin, end))
+        return sampled
+
+    def report(self) -> str:
+        torch.cuda.synchronize()
+        spans = [(chunks, decodes, a.elapsed_time(b)) for chunks, decodes, a, b in self.steps]
+        gaps = sorted(a[3].elapsed_time(b[2]) for a, b in zip(self.steps, self.steps[1:], strict=False))
+        lines = [f"{len(spans)} steps; with chunks {sum(ms for c, _, ms in spans if c):.0f} ms"]
+        for low, high in ((1, 16), (17, 64), (65, 128), (129, 192), (193, 256)):
+            times = [ms for c, n, ms in spans if not c and low <= n <= high]
+            if times:
+                mean = statistics.mean(times)
+                lines.append(f"{low:4}..{high:<4} {len(times):5} steps {sum(times):8.0f} ms, {mean:.3f} each")
+        marks = (f"p{q} {gaps[min(len(gaps) - 1, len(gaps) * q // 100)] * 1e3:.0f}" for q in (1, 50, 90, 99))
+        lines.append(f"between steps the device waits, us: {', '.join(marks)}; {sum(gaps):.0f} ms in all")
+        return "\n".join(lines)
+
+
 def profile(llm: LLM, work: Work, steps: int = 30) -> str:
     """Where the device's time goes in the middle of the run."""
     run = llm.run(work)
@@ -79,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16_384)
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--timeline", action="store_true", help="Also say where a round's time goes.")
     parser.add_argument(
         "--profile", action="store_true", help="Print where the time goes, and measure nothing."
     )
@@ -101,6 +133,9 @@ def main() -> None:
         print(profile(llm, make_work(77)))
         return
     rounds = [measure(llm, make_work(salt)) for salt in range(arguments.rounds)]
+    if arguments.timeline:
+        timeline = Timeline(llm.engine._runner)
+        print(measure(llm, make_work(50)), timeline.report(), sep="\n", flush=True)
     speeds = [r["tokens"] / r["seconds"] for r in rounds]
     card = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0]
     peer, target = REFERENCE.get((arguments.shape.name, card), (None, None))
