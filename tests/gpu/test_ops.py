@@ -145,7 +145,8 @@ def test_rope_and_store(
         x = was if weight is None else _twice_rounded(was, weight, dtype)
         want = rotated(x[real], cos_sin, positions[real])
         # A rotation mixes elements, so a small one has the rounding error of its large partner.
-        assert_near("rope_and_store", got[real], want, want.abs().amax(-1, keepdim=True))
+        # And a norm's value at the edge of a rounding may fall to the other side.
+        assert_near("rope_and_store", got[real], want, want.abs().amax(-1, keepdim=True), roundings=2)
     stored = pool.check()
     assert torch.equal(stored[(*slots, 0, offsets[real].long())], k[real])
     assert torch.equal(stored[(*slots, 1, offsets[real].long())], v[real])
@@ -154,7 +155,7 @@ def test_rope_and_store(
 
 
 def _twice_rounded(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm as the models compute it: a value at the edge of a rounding is not the kernel's error."""
+    """The norm as the models compute it."""
     wide = x.double()
     factor = (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     return ((wide * factor).to(dtype).double() * weight.double()).to(dtype)
