@@ -1,0 +1,899 @@
+// See decode_attention.h for what, decode_division.h for who does which part.
+//
+// Every warp has a ring of stages in shared memory, loads its units by TMA and consumes them itself:
+// no barrier between warps until the end. 192 KB an SM are in flight, six times what 4.3 TB/s and 1 us
+// of latency need, so that a warp may stop for a new row's query (about 1 us) with its loads still
+// running: its fair share is one unit of 8 KB in 2 us, of which computing takes about a quarter.
+//
+//   S^T [16 tokens, 8 heads] = K [16, d] Q^T [d, 8]        m16n8k16; query heads padded to 8
+//   O^T [d, 8 heads]        += V^T [d, 16] P^T [16, 8]
+//
+// A unit lies in shared memory as [k/v][d / 64][token][64], each row of 128 bytes swizzled by TMA, so
+// that ldmatrix has no bank conflict. A row's maximum is raised only when a score exceeds it by 2^8.
+//
+// A warp that has a whole (row, head) writes it. Pieces are merged in the CTA at its end, what
+// crosses CTAs by the last of them to arrive; always in the order of the tokens.
+#include "cuda/decode_attention.h"
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numbers>
+
+#include "cuda/decode_division.h"
+
+namespace disagg::cuda {
+namespace {
+
+using std::int64_t;
+using std::uint32_t;
+using std::uint64_t;
+
+constexpr int kThreads = 32 * kDecodeWarps;
+constexpr int kHeads = 8;      // query heads of a KV head, padded
+constexpr int kTile = 64;      // elements of a swizzled row of 128 bytes
+constexpr int kPieces = 2;     // unfinished ones of a warp or a CTA
+constexpr float kRaiseAt = 8;  // log2 by which a score may exceed the maximum that it is taken relative to
+constexpr uint32_t kAll = 0xffffffffu;
+
+// ---- instructions ----
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Until the kernels before have ended and what they wrote is visible.
+__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_successors_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+// One box of the tensor map to shared memory; KV is read once, so it goes from L2 first.
+__device__ __forceinline__ void load_unit(uint32_t to, const CUtensorMap* map, int token, int run, uint32_t barrier,
+                                          uint32_t bytes) {
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %2, %2, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(0), "r"(token), "r"(run), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
+  return result;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+template <class T>
+struct Math;
+
+template <>
+struct Math<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Math<__half> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// Past L1: it is not coherent, and these are written by other SMs or earlier kernels.
+template <class Record>
+__device__ __forceinline__ Record load_record(const Record* from) {
+  static_assert(sizeof(Record) % 16 == 0 && alignof(Record) == 16);
+  Record record;
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(Record) / 16; ++i)
+    reinterpret_cast<int4*>(&record)[i] = __ldcg(reinterpret_cast<const int4*>(from) + i);
+  return record;
+}
+
+// ---- workspace ----
+
+// Of the grid that a shape asks for. All parts are multiples of 16 bytes.
+struct Workspace {
+  DecodeDivision* division;
+  uint32_t* arrived;      // [num_sms] CTAs that have left their piece of what CTA i began; 0 between runs
+  DecodeStart* starts;    // [num_sms, kDecodeWarps]
+  DecodeRow* rows;        // [max_rows + 1] the last is followed by one without KV
+  float2* weights;        // [num_sms, kPieces, kHeads] maximum (log2) and sum of a piece
+  float* sums;            // [num_sms, kPieces, kHeads, head_dim]
+  std::size_t bytes;
+
+  Workspace(const DecodeAttention::Shape& shape, void* base) {
+    const auto sms = static_cast<std::size_t>(shape.num_sms);
+    char* next = static_cast<char*>(base);
+    const auto take = [&next]<class Item>(Item*& part, std::size_t count) {
+      part = reinterpret_cast<Item*>(next);
+      next += (count * sizeof(Item) + 15) / 16 * 16;
+    };
+    take(division, 1);
+    take(arrived, sms);
+    take(starts, sms * kDecodeWarps);
+    take(rows, static_cast<std::size_t>(shape.max_rows) + 1);
+    take(weights, sms * kPieces * kHeads);
+    take(sums, sms * kPieces * kHeads * static_cast<std::size_t>(shape.head_dim));
+    bytes = static_cast<std::size_t>(next - static_cast<char*>(base));
+  }
+};
+
+// ---- plan ----
+
+constexpr int kPlanThreads = 1024;
+
+// One block. Lists the rows that have KV, then looks up where each warp begins.
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_kernel(const int* kv_lens, const int* page_indptr, int rows, int num_kv_heads, int max_ctas, Workspace space) {
+  __shared__ int firsts[DecodeAttention::kMaxRows];
+  __shared__ uint64_t warp_totals[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  wait_for_predecessors();
+
+  for (int i = threadIdx.x; i < max_ctas; i += kPlanThreads) space.arrived[i] = 0;
+  // Both sums at once: rows that have KV in the upper half, their units in the lower.
+  uint64_t before = 0;
+  for (int base = 0; base < rows; base += kPlanThreads) {
+    const int row = base + static_cast<int>(threadIdx.x);
+    const int kv_len = row < rows ? kv_lens[row] : 0;
+    const uint64_t mine = kv_len > 0 ? (uint64_t{1} << 32) + static_cast<uint64_t>(units_of(kv_len)) : 0;
+    uint64_t sum = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint64_t other = __shfl_up_sync(kAll, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (lane == 31) warp_totals[warp] = sum;
+    __syncthreads();
+    uint64_t earlier = before;
+    for (int i = 0; i < kPlanThreads / 32; ++i) {
+      const uint64_t total = warp_totals[i];
+      earlier += i < warp ? total : 0;
+      before += total;
+    }
+    if (mine != 0) {
+      const uint64_t place = earlier + sum - mine;
+      const int entry = static_cast<int>(place >> 32), first = static_cast<int>(place & kAll);
+      firsts[entry] = first;
+      space.rows[entry] = {row, kv_len, page_indptr[row], first};
+    }
+    __syncthreads();
+  }
+  const int entries = static_cast<int>(before >> 32);
+  const auto units = static_cast<int64_t>(before & kAll) * num_kv_heads;
+  const DecodeDivision division = DecodeDivision::of(units, entries, max_ctas);
+  if (threadIdx.x == 0) {
+    *space.division = division;
+    space.rows[entries] = {};
+  }
+  for (int i = threadIdx.x; i < max_ctas * kDecodeWarps; i += kPlanThreads)
+    space.starts[i] = start_of(division, i / kDecodeWarps, i % kDecodeWarps, firsts, space.rows, num_kv_heads);
+  // `run` reads this before it waits for its own predecessor, but not before this block has ended.
+  __threadfence();
+}
+
+// ---- run ----
+
+struct Params {
+  Workspace space;
+  const char* q;
+  int64_t q_stride;  // bytes, as out_stride
+  char* out;
+  int64_t out_stride;
+  const int* page_indices;
+  const int* kv_lens;
+  int rows, num_heads, num_kv_heads, group, num_layers, layer;
+  int page_shift;  // log2 of units a page
+  float scale;     // of scores, to base 2
+};
+
+template <int kDim>
+struct Layout {
+  static constexpr int kUnitBytes = 2 * kUnitTokens * kDim * 2;
+  static constexpr int kStages = 24 * 1024 / kUnitBytes;  // of a warp
+  static constexpr int kRow = kDim + 4;                   // padded: a fragment's stores meet no bank twice
+
+  using Sums = float[kHeads][kRow];
+  alignas(1024) unsigned char ring[kDecodeWarps][kStages][kUnitBytes];
+  Sums sums[kDecodeWarps];  // of the piece that a warp ends but did not begin; the one that it began is
+                            // its last, and takes the ring's place
+  float2 weights[kDecodeWarps][kPieces][kHeads];
+  DecodePiece pieces[kDecodeWarps][kPieces];
+  uint64_t barriers[kDecodeWarps][kStages];
+  int is_last[kPieces];
+
+  static_assert(sizeof(Sums) <= kStages * kUnitBytes);
+  __device__ Sums& sums_of(int warp, int slot) {
+    return slot == 0 ? sums[warp] : *reinterpret_cast<Sums*>(&ring[warp][0][0]);
+  }
+};
+
+// The loads of a warp: walks its units ahead of the computing, and fetches page ids and rows ahead of
+// itself. All of it is uniform in the warp but `pages` and `pages_ahead`, of which each lane has one.
+template <int kDim>
+class Loads {
+ public:
+  __device__ Loads(const Params& p, const CUtensorMap* map, const DecodeStart& start, uint32_t ring, uint32_t barriers)
+      : p_(p), map_(map), ring_(ring), barriers_(barriers), row_(start.row), entry_(start.entry), head_(start.head),
+        unit_(start.unit), left_(start.count) {
+    if (left_ == 0) return;
+    following_ = load_record(p_.space.rows + entry_ + 1);
+    window_ = unit_ >> p_.page_shift;
+    pages_ = window(row_.kv_len, row_.page_begin, window_);
+    pages_ahead_ = next_window();
+  }
+
+  __device__ bool pending() const { return left_ > 0; }
+  // Whether the next unit holds its row's newest token, which a kernel just before may still be writing.
+  __device__ bool is_newest() const { return unit_ + 1 == units_of(row_.kv_len); }
+
+  // Loads the next unit. Requires: pending(), and all lanes are done with the stage.
+  __device__ void issue(int stage) {
+    const int page = unit_ >> p_.page_shift;
+    const int id = __shfl_sync(kAll, pages_, page - window_);
+    if (threadIdx.x % 32 == 0) {
+      const int token = (unit_ & ((1 << p_.page_shift) - 1)) * kUnitTokens;
+      load_unit(ring_ + stage * Layout<kDim>::kUnitBytes, map_, token,
+                (id * p_.num_kv_heads + head_) * p_.num_layers + p_.layer, barriers_ + stage * 8,
+                Layout<kDim>::kUnitBytes);
+    }
+    if (--left_ > 0) step();
+  }
+
+ private:
+  __device__ void step() {
+    if (++unit_ == units_of(row_.kv_len)) {
+      unit_ = 0;
+      if (++head_ == p_.num_kv_heads) {
+        head_ = 0;
+        row_ = following_;
+        following_ = load_record(p_.space.rows + ++entry_ + 1);
+      }
+    }
+    const int page = unit_ >> p_.page_shift;
+    if (unit_ != 0 && page != window_ + 32) return;
+    window_ = page;
+    pages_ = pages_ahead_;
+    pages_ahead_ = next_window();
+  }
+
+  __device__ int pages_of(int kv_len) const {
+    return (units_of(kv_len) + (1 << p_.page_shift) - 1) >> p_.page_shift;
+  }
+  __device__ int window(int kv_len, int page_begin, int first) const {
+    const int page = first + static_cast<int>(threadIdx.x % 32);
+    return page < pages_of(kv_len) ? __ldcg(p_.page_indices + page_begin + page) : 0;
+  }
+  // What `pages_` will be next: the row's next 32, or the first of the next head or row.
+  __device__ int next_window() const {
+    const bool same_head = window_ + 32 < pages_of(row_.kv_len), same_row = same_head || head_ + 1 < p_.num_kv_heads;
+    return window(same_row ? row_.kv_len : following_.kv_len, same_row ? row_.page_begin : following_.page_begin,
+                  same_head ? window_ + 32 : 0);
+  }
+
+  const Params& p_;
+  const CUtensorMap* map_;
+  uint32_t ring_, barriers_;
+  DecodeRow row_, following_{};
+  int entry_, head_, unit_, left_;
+  int window_ = 0, pages_ = 0, pages_ahead_ = 0;
+};
+
+// A warp's fragment addresses in a stage: relative to it, for the first 64 of head_dim.
+struct Fragments {
+  uint32_t k[4], v[4];
+  template <int kDim>
+  static __device__ Fragments of(int lane) {
+    Fragments result;
+    const int k_token = lane % 16, k_chunk = lane / 16;
+    const int v_token = lane % 8 + lane / 16 * 8, v_chunk = lane / 8 % 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      result.k[i] = k_token * 128 + (((2 * i + k_chunk) ^ (lane % 8)) << 4);
+      result.v[i] = kUnitTokens * kDim * 2 + v_token * 128 + (((2 * i + v_chunk) ^ (lane % 8)) << 4);
+    }
+    return result;
+  }
+};
+
+// What is known of a (row, head) after some of its tokens. A lane has heads 2 * (lane % 4) and the next.
+template <class T, int kDim>
+struct State {
+  float sums[kDim / 16][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float total[2] = {};  // of this lane's tokens until complete() adds the others'
+
+  // Adds a unit. kPartial: only its first `valid` tokens are there, the rest of the page may be anything.
+  template <bool kPartial>
+  __device__ __forceinline__ void add(uint32_t stage, const Fragments& at, const uint32_t (&q)[kDim / 16][2],
+                                      float scale, int valid) {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    float even[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      uint32_t k[4];
+      load_matrices(k, stage + at.k[i % 4] + i / 4 * (kUnitTokens * 128));
+      Math<T>::multiply_add(i % 2 == 0 ? even : odd, k, q[i][0], q[i][1]);
+    }
+    float s[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[i] = even[i] + odd[i];
+      if (kPartial && row + i / 2 * 8 >= valid) s[i] = -INFINITY;
+    }
+    const float top[2] = {fmaxf(s[0], s[2]) * scale, fmaxf(s[1], s[3]) * scale};
+    if (__any_sync(kAll, top[0] > maximum[0] + kRaiseAt || top[1] > maximum[1] + kRaiseAt)) raise(top);
+    float p[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[i] = exp2_of(fmaf(s[i], scale, -maximum[i % 2]));
+    total[0] += p[0] + p[2];
+    total[1] += p[1] + p[3];
+    const uint32_t b0 = transpose(Math<T>::pack(p[0], p[1])), b1 = transpose(Math<T>::pack(p[2], p[3]));
+    // Zero times a NaN is one: tokens that are not there must be zeros too.
+    const auto mask = [valid](int token) {
+      return (token < valid ? 0x0000ffffu : 0u) | (token + 1 < valid ? 0xffff0000u : 0u);
+    };
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      uint32_t v[4];
+      load_transposed(v, stage + at.v[i % 4] + i / 4 * (kUnitTokens * 128));
+      if (kPartial) {
+        v[0] &= mask(column), v[1] &= mask(column);
+        v[2] &= mask(column + 8), v[3] &= mask(column + 8);
+      }
+      Math<T>::multiply_add(sums[i], v, b0, b1);
+    }
+  }
+
+  __device__ __forceinline__ void complete() {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) total[i] += __shfl_xor_sync(kAll, total[i], step);
+  }
+
+  // Requires: complete().
+  __device__ __forceinline__ void write(char* out, int group) const {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    const float by[2] = {1 / total[0], 1 / total[1]};
+    char* to = out + (row * kDim + column) * 2;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const uint32_t low = transpose(Math<T>::pack(sums[i][0] * by[0], sums[i][1] * by[1]));
+      const uint32_t high = transpose(Math<T>::pack(sums[i][2] * by[0], sums[i][3] * by[1]));
+      if (row >= group) continue;
+      *reinterpret_cast<uint32_t*>(to + i * 32) = low;
+      *reinterpret_cast<uint32_t*>(to + i * 32 + 16) = high;
+    }
+  }
+
+  // Requires: complete().
+  __device__ __forceinline__ void leave(typename Layout<kDim>::Sums& to, float2 (&weights)[kHeads]) const {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[column + j % 2][i * 16 + row + j / 2 * 8] = sums[i][j];
+    if (row == 0) {
+      weights[column] = {maximum[0], total[0]};
+      weights[column + 1] = {maximum[1], total[1]};
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void raise(const float (&top)[2]) {
+    float by[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float highest = top[i];
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAll, highest, step));
+      highest = fmaxf(highest, maximum[i]);
+      by[i] = exp2_of(maximum[i] - highest);
+      maximum[i] = highest;
+      total[i] *= by[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] *= by[j % 2];
+  }
+};
+
+// Query heads of a KV head as the right factor: rows of head_dim, a column a head; absent ones are zeros.
+template <int kDim>
+__device__ __forceinline__ void load_query(uint32_t (&q)[kDim / 16][2], const char* from, int group) {
+  const int head = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  from += (head * kDim + column) * 2;
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      q[i][j] = head < group ? __ldcg(reinterpret_cast<const uint32_t*>(from + i * 32 + j * 16)) : 0;
+}
+
+// A lane's share of a head: kDim / 32 elements, and what pieces before this one came to.
+template <class T, int kDim>
+struct Merged {
+  static constexpr int kWidth = kDim / 32;
+  float sums[kWidth] = {};
+  float total = 0;
+
+  __device__ __forceinline__ void add(const float (&piece)[kWidth], float2 weight, float maximum) {
+    const float by = exp2_of(weight.x - maximum);
+    total += weight.y * by;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] += piece[i] * by;
+  }
+  __device__ __forceinline__ void write(char* head) const {
+    const float by = 1 / total;
+    uint32_t* to = reinterpret_cast<uint32_t*>(head) + threadIdx.x % 32 * (kWidth / 2);
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) to[i] = Math<T>::pack(sums[2 * i] * by, sums[2 * i + 1] * by);
+  }
+};
+
+template <int kWidth>
+__device__ __forceinline__ void copy(float (&to)[kWidth], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kWidth / 2; ++i) {
+    const float2 pair = reinterpret_cast<const float2*>(from)[i];
+    to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ void copy_past_l1(float (&to)[kWidth], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kWidth / 2; ++i) {
+    const float2 pair = __ldcg(reinterpret_cast<const float2*>(from) + i);
+    to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+  using Shared = Layout<kDim>;
+  using Result = Merged<T, kDim>;
+  constexpr int kWidth = Result::kWidth;
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);
+  const int cta = static_cast<int>(blockIdx.x);
+
+  let_successors_start();
+  const DecodeStart start = load_record(p.space.starts + cta * kDecodeWarps + warp);
+  const uint32_t ring = shared_address(&shared.ring[warp][0][0]);
+  const uint32_t barriers = shared_address(&shared.barriers[warp][0]);
+  if (lane == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+    for (int i = 0; i < Shared::kStages; ++i) init_barrier(barriers + i * 8);
+    fence_barriers();
+    for (int i = 0; i < kPieces; ++i) shared.pieces[warp][i] = {};
+  }
+  __syncwarp();
+
+  Loads<kDim> loads(p, &map, start, ring, barriers);
+  int loaded = 0;
+  for (; loaded < Shared::kStages && loads.pending() && !loads.is_newest(); ++loaded) loads.issue(loaded);
+  wait_for_predecessors();
+  for (; loaded < Shared::kStages && loads.pending(); ++loaded) loads.issue(loaded);
+
+  const auto out_of = [&p](int row, int kv_head, int head) {
+    return p.out + row * p.out_stride + static_cast<int64_t>(kv_head * p.group + head) * (kDim * 2);
+  };
+  for (int row = cta * kDecodeWarps + warp; row < p.rows; row += static_cast<int>(gridDim.x) * kDecodeWarps) {
+    if (__ldcg(p.kv_lens + row) > 0) continue;
+    uint4* to = reinterpret_cast<uint4*>(out_of(row, 0, 0));
+    for (int i = lane; i < p.num_heads * kDim / 8; i += 32) to[i] = uint4{};
+  }
+
+  const Fragments at = Fragments::of<kDim>(lane);
+  DecodeRow row = start.row;
+  int entry = start.entry, head = start.head, unit = start.unit;
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int left = start.count; left > 0;) {
+    uint32_t q[kDim / 16][2];
+    load_query<kDim>(q, p.q + row.row * p.q_stride + static_cast<int64_t>(head * p.group) * (kDim * 2), p.group);
+    State<T, kDim> state;
+    const int units = units_of(row.kv_len), begin = unit, end = min(units, begin + left);
+    left -= end - begin;
+    for (; unit < end; ++unit) {
+      wait_barrier(barriers + stage * 8, parity);
+      const uint32_t from = ring + stage * Shared::kUnitBytes;
+      const int valid = row.kv_len - unit * kUnitTokens;
+      if (valid >= kUnitTokens) {
+        state.template add<false>(from, at, q, p.scale, valid);
+      } else {
+        state.template add<true>(from, at, q, p.scale, valid);
+      }
+      __syncwarp();
+      if (loads.pending()) loads.issue(stage);
+      if (++stage == Shared::kStages) stage = 0, parity ^= 1;
+    }
+    state.complete();
+    const DecodePiece piece{row.row, head, row.first, units, begin, end};
+    if (piece.is_whole()) {
+      state.write(out_of(row.row, head, 0), p.group);
+    } else {
+      state.leave(shared.sums_of(warp, piece.slot()), shared.weights[warp][piece.slot()]);
+      if (lane == 0) shared.pieces[warp][piece.slot()] = piece;
+    }
+    if (left == 0) break;
+    unit = 0;
+    if (++head == p.num_kv_heads) {
+      head = 0;
+      row = load_record(p.space.rows + ++entry);
+    }
+  }
+  __syncthreads();
+
+  // Merge the warps' pieces: each warp takes one query head. Everything but that is uniform in the CTA.
+  DecodePiece open[kPieces] = {};
+  for (int i = 0; i < kDecodeWarps * kPieces;) {
+    DecodePiece whole = shared.pieces[i / kPieces][i % kPieces];
+    int next = i + 1;
+    if (whole.begin == whole.end) {
+      i = next;
+      continue;
+    }
+    float maximum = shared.weights[i / kPieces][i % kPieces][warp].x;
+    for (; next < kDecodeWarps * kPieces; ++next) {
+      const DecodePiece& other = shared.pieces[next / kPieces][next % kPieces];
+      if (other.begin == other.end) continue;
+      if (!other.continues(whole)) break;
+      whole.end = other.end;
+      maximum = fmaxf(maximum, shared.weights[next / kPieces][next % kPieces][warp].x);
+    }
+    if (warp < p.group) {
+      Result result;
+      for (; i < next; ++i) {
+        const DecodePiece& part = shared.pieces[i / kPieces][i % kPieces];
+        if (part.begin == part.end) continue;
+        float sums[kWidth];
+        copy(sums, &shared.sums_of(i / kPieces, i % kPieces)[warp][lane * kWidth]);
+        result.add(sums, shared.weights[i / kPieces][i % kPieces][warp], maximum);
+      }
+      if (whole.is_whole()) {
+        result.write(out_of(whole.row, whole.head, warp));
+      } else {
+        const int64_t place = (static_cast<int64_t>(cta) * kPieces + whole.slot()) * kHeads + warp;
+        float2* to = reinterpret_cast<float2*>(p.space.sums + place * kDim + lane * kWidth);
+#pragma unroll
+        for (int j = 0; j < kWidth / 2; ++j) to[j] = {result.sums[2 * j], result.sums[2 * j + 1]};
+        if (lane == 0) p.space.weights[place] = {maximum, result.total};
+      }
+    }
+    i = next;
+#pragma unroll
+    for (int slot = 0; slot < kPieces; ++slot)
+      if (!whole.is_whole() && whole.slot() == slot) open[slot] = whole;
+  }
+  if (open[0].begin == open[0].end && open[1].begin == open[1].end) return;
+
+  // Leave what crosses CTAs, and merge what is complete by that. The counter is of the CTA that began it.
+  const DecodeDivision division = load_record(p.space.division);
+  int from_cta[kPieces], to_cta[kPieces];
+#pragma unroll
+  for (int slot = 0; slot < kPieces; ++slot) {
+    const int64_t first = open[slot].first_unit(p.num_kv_heads);
+    from_cta[slot] = division.cta_of(first);
+    to_cta[slot] = division.cta_of(first + open[slot].units - 1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+#pragma unroll
+    for (int slot = 0; slot < kPieces; ++slot) {
+      shared.is_last[slot] = 0;
+      if (open[slot].begin == open[slot].end) continue;
+      uint32_t* arrived = p.space.arrived + from_cta[slot];
+      if (atomicAdd(arrived, 1u) != static_cast<uint32_t>(to_cta[slot] - from_cta[slot])) continue;
+      shared.is_last[slot] = 1;
+      *arrived = 0;
+    }
+    __threadfence();
+  }
+  __syncthreads();
+  if (warp >= p.group) return;
+#pragma unroll
+  for (int slot = 0; slot < kPieces; ++slot) {
+    if (shared.is_last[slot] == 0) continue;
+    const auto place_of = [&](int part) {
+      return (static_cast<int64_t>(part) * kPieces + (part == from_cta[slot] ? 1 : 0)) * kHeads + warp;
+    };
+    float maximum = -INFINITY;
+    for (int part = from_cta[slot] + lane; part <= to_cta[slot]; part += 32)
+      maximum = fmaxf(maximum, __ldcg(p.space.weights + place_of(part)).x);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kAll, maximum, step));
+    Result result;
+#pragma unroll 8
+    for (int part = from_cta[slot]; part <= to_cta[slot]; ++part) {
+      float sums[kWidth];
+      copy_past_l1(sums, p.space.sums + place_of(part) * kDim + lane * kWidth);
+      result.add(sums, __ldcg(p.space.weights + place_of(part)), maximum);
+    }
+    result.write(out_of(open[slot].row, open[slot].head, warp));
+  }
+}
+
+// ---- the plain way ----
+
+struct PlainParams {
+  const void *q, *pool;
+  void* out;
+  int64_t q_stride, out_stride;
+  int64_t page_stride, head_stride, layer_offset, value_offset;  // of the pool, elements
+  const int *page_indices, *kv_lens, *page_indptr;
+  int num_heads, group, head_dim, page_size;
+  float scale;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+
+// One warp a (row, head): a lane a token for the scores, a lane every 32nd element for the sums.
+template <class T>
+__global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ PlainParams p) {
+  constexpr int kItems = DecodeAttention::kMaxHeadDim / 32;
+  __shared__ float q[DecodeAttention::kMaxHeadDim];
+  const int lane = threadIdx.x, head = blockIdx.x, row = blockIdx.y;
+  wait_for_predecessors();
+  let_successors_start();
+  const int kv_len = p.kv_lens[row];
+  const int* pages = p.page_indices + p.page_indptr[row];
+  const T* pool = static_cast<const T*>(p.pool) + head / p.group * p.head_stride + p.layer_offset;
+  const T* query = static_cast<const T*>(p.q) + row * p.q_stride + static_cast<int64_t>(head) * p.head_dim;
+  for (int i = lane; i < p.head_dim; i += 32) q[i] = to_float(query[i]) * p.scale;
+  __syncwarp();
+
+  float sums[kItems] = {}, maximum = -INFINITY, total = 0;
+  for (int base = 0; base < kv_len; base += 32) {
+    const int token = base + lane;
+    const T* key = pool;
+    float score = -INFINITY;
+    if (token < kv_len) {
+      key += pages[token / p.page_size] * p.page_stride + static_cast<int64_t>(token % p.page_size) * p.head_dim;
+      score = 0;
+      for (int i = 0; i < p.head_dim; ++i) score += q[i] * to_float(key[i]);
+    }
+    float highest = score;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAll, highest, step));
+    highest = fmaxf(highest, maximum);
+    const float by = exp2f(maximum - highest), weight = exp2f(score - highest);
+    maximum = highest;
+    total = total * by + weight;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) sums[i] *= by;
+    const uint64_t value = reinterpret_cast<uint64_t>(key + p.value_offset);
+    for (int other = 0; other < min(32, kv_len - base); ++other) {
+      const float w = __shfl_sync(kAll, weight, other);
+      const T* v = reinterpret_cast<const T*>(__shfl_sync(kAll, value, other));
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (lane + 32 * i < p.head_dim) sums[i] += w * to_float(v[lane + 32 * i]);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(kAll, total, step);
+  T* out = static_cast<T*>(p.out) + row * p.out_stride + static_cast<int64_t>(head) * p.head_dim;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i)
+    if (lane + 32 * i < p.head_dim) store(out + lane + 32 * i, kv_len > 0 ? sums[i] / total : 0);
+}
+
+// ---- host ----
+
+// Launches so that the kernel's beginning may overlap its predecessor's end.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+                   const Args&... args) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// A pool as [run, k/v, head_dim / 64, token, 64], a run being one layer of one head of one page. A box
+// is 16 tokens of a run. Encoded by the driver, which this asks for at run time instead of linking it.
+cudaError_t encode(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, CUtensorMap* map) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess) return error;
+  if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const auto dim = static_cast<cuuint64_t>(shape.head_dim), page = static_cast<cuuint64_t>(shape.page_size);
+  const auto runs = static_cast<cuuint64_t>(run.num_pages) * static_cast<cuuint64_t>(shape.num_kv_heads) *
+                    static_cast<cuuint64_t>(run.num_layers);
+  const cuuint64_t sizes[] = {kTile, page, dim / kTile, 2, runs};
+  const cuuint64_t strides[] = {dim * 2, kTile * 2, page * dim * 2, page * dim * 4};
+  const cuuint32_t box[] = {kTile, kUnitTokens, static_cast<cuuint32_t>(shape.head_dim) / kTile, 2, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+  const auto encode_tiled = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  const CUresult status =
+      encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(run.pool), sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+float scale_of(const DecodeAttention::Shape& shape) {
+  return std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(shape.head_dim));
+}
+
+template <class T, int kDim>
+cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, cudaStream_t stream) {
+  CUtensorMap map;
+  cudaError_t error = encode(shape, run, &map);
+  if (error != cudaSuccess) return error;
+  constexpr std::size_t kBytes = sizeof(Layout<kDim>);
+  static_assert(kBytes <= 227 * 1024);
+  error = cudaFuncSetAttribute(decode_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const Params params{.space = Workspace(shape, run.workspace),
+                      .q = static_cast<const char*>(run.q),
+                      .q_stride = run.q_stride * 2,
+                      .out = static_cast<char*>(run.out),
+                      .out_stride = run.out_stride * 2,
+                      .page_indices = run.page_indices,
+                      .kv_lens = run.kv_lens,
+                      .rows = run.rows,
+                      .num_heads = shape.num_heads,
+                      .num_kv_heads = shape.num_kv_heads,
+                      .group = shape.group(),
+                      .num_layers = run.num_layers,
+                      .layer = run.layer,
+                      .page_shift = std::countr_zero(static_cast<unsigned>(shape.page_size / kUnitTokens)),
+                      .scale = scale_of(shape)};
+  return launch(decode_kernel<T, kDim>, dim3(static_cast<unsigned>(shape.num_sms)), kThreads, kBytes, stream, map,
+                params);
+}
+
+template <class T>
+cudaError_t run_plain(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, cudaStream_t stream) {
+  const int64_t half = static_cast<int64_t>(shape.page_size) * shape.head_dim;
+  const PlainParams params{.q = run.q,
+                           .pool = run.pool,
+                           .out = run.out,
+                           .q_stride = run.q_stride,
+                           .out_stride = run.out_stride,
+                           .page_stride = 2 * half * run.num_layers * shape.num_kv_heads,
+                           .head_stride = 2 * half * run.num_layers,
+                           .layer_offset = 2 * half * run.layer,
+                           .value_offset = half,
+                           .page_indices = run.page_indices,
+                           .kv_lens = run.kv_lens,
+                           .page_indptr = run.page_indptr,
+                           .num_heads = shape.num_heads,
+                           .group = shape.group(),
+                           .head_dim = shape.head_dim,
+                           .page_size = shape.page_size,
+                           .scale = scale_of(shape)};
+  const dim3 grid(static_cast<unsigned>(shape.num_heads), static_cast<unsigned>(run.rows));
+  return launch(plain_kernel<T>, grid, 32, 0, stream, params);
+}
+
+}  // namespace
+
+bool DecodeAttention::Shape::is_fast() const {
+  return (head_dim == 64 || head_dim == 128) && element != Element::kFloat32 && group() <= kHeads &&
+         page_size % kUnitTokens == 0 && std::has_single_bit(static_cast<unsigned>(page_size / kUnitTokens));
+}
+
+const char* DecodeAttention::check(const Shape& shape) {
+  if (shape.num_kv_heads < 1) return "num_kv_heads must be at least 1";
+  if (shape.num_heads < 1 || shape.num_heads % shape.num_kv_heads != 0)
+    return "num_heads must be a multiple of num_kv_heads";
+  if (shape.head_dim < 8 || shape.head_dim % 8 != 0 || shape.head_dim > kMaxHeadDim)
+    return "head_dim must be a multiple of 8, at most 256";
+  if (shape.page_size < 1) return "page_size must be at least 1";
+  if (shape.max_rows < 1 || shape.max_rows > kMaxRows) return "max_rows must be in 1..8192";
+  if (shape.num_sms < 1 || shape.num_sms > 1024) return "num_sms must be in 1..1024";
+  return nullptr;
+}
+
+std::size_t DecodeAttention::workspace_bytes() const { return shape_.is_fast() ? Workspace(shape_, nullptr).bytes : 0; }
+
+cudaError_t DecodeAttention::plan(const int* kv_lens, const int* page_indptr, int rows, void* workspace,
+                                  cudaStream_t stream) const {
+  if (!shape_.is_fast()) return cudaSuccess;
+  return launch(plan_kernel, dim3(1), kPlanThreads, 0, stream, kv_lens, page_indptr, rows, shape_.num_kv_heads,
+                shape_.num_sms, Workspace(shape_, workspace));
+}
+
+cudaError_t DecodeAttention::run(const Run& run, cudaStream_t stream) const {
+  if (run.rows == 0) return cudaSuccess;
+  const bool is_bfloat16 = shape_.element == Element::kBFloat16;
+  if (!shape_.is_fast()) {
+    if (shape_.element == Element::kFloat32) return run_plain<float>(shape_, run, stream);
+    return is_bfloat16 ? run_plain<__nv_bfloat16>(shape_, run, stream) : run_plain<__half>(shape_, run, stream);
+  }
+  if (shape_.head_dim == 64)
+    return is_bfloat16 ? run_fast<__nv_bfloat16, 64>(shape_, run, stream) : run_fast<__half, 64>(shape_, run, stream);
+  return is_bfloat16 ? run_fast<__nv_bfloat16, 128>(shape_, run, stream) : run_fast<__half, 128>(shape_, run, stream);
+}
+
+}  // namespace disagg::cuda
