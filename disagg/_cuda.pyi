@@ -6,6 +6,7 @@ ValueError; what indices say is not checked. `stream` is the raw handle of a CUD
 launches there, and may be captured in a graph. RuntimeError where CUDA refuses the launch.
 """
 
+import torch
 from torch import Tensor
 
 def rms_norm(
@@ -62,3 +63,41 @@ def gather_tokens(token_ids: Tensor, slots: Tensor, last_tokens: Tensor, stream:
 
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor, stream: int) -> None:
     """`out[i] = weight[token_ids[i]]`; a row of NaN where the id is outside of the vocabulary."""
+
+class DecodeAttention:
+    """Attention of one query token a row over the paged pool; csrc/cuda/decode_attention.h is its manual.
+
+    Fast for head_dim 64 and 128, bfloat16 and float16, at most 8 query heads a KV head, page sizes 16,
+    32, 64, ...; other shapes and float32 are taken too. kv_lens, page_indptr and page_indices are final
+    before `plan` and until the step's last `run`; so is the pool, but for each row's newest token.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        max_rows: int,
+        dtype: torch.dtype | str,
+        num_sms: int,
+    ) -> None: ...
+    def workspace_bytes(self) -> int:
+        """Size of the uint8 `workspace` that `plan` and `run` share; its first contents do not matter."""
+
+    def plan(self, kv_lens: Tensor, page_indptr: Tensor, workspace: Tensor, stream: int) -> None:
+        """Divide a step's KV among the multiprocessors: one small kernel, once a step."""
+
+    def run(
+        self,
+        q: Tensor,
+        pool: Tensor,
+        layer: int,
+        page_indices: Tensor,
+        kv_lens: Tensor,
+        page_indptr: Tensor,
+        out: Tensor,
+        workspace: Tensor,
+        stream: int,
+    ) -> None:
+        """Attend with `q` `[rows, heads, head_dim]`; rows whose kv_len is 0 become zeros in `out`."""
