@@ -6,6 +6,7 @@ ValueError; what indices say is not checked. `stream` is the raw handle of a CUD
 launches there, and may be captured in a graph. RuntimeError where CUDA refuses the launch.
 """
 
+import torch
 from torch import Tensor
 
 def rms_norm(
@@ -64,7 +65,12 @@ def embedding(token_ids: Tensor, weight: Tensor, out: Tensor, stream: int) -> No
     """`out[i] = weight[token_ids[i]]`; a row of NaN where the id is outside of the vocabulary."""
 
 class DecodeAttention:
-    """Attention of rows with one new token each, over any lengths: the work is divided on the device."""
+    """Attention of one query token a row over the paged pool; csrc/cuda/decode_attention.h is its manual.
+
+    Fast for head_dim 64 and 128, bfloat16 and float16, at most 8 query heads a KV head, page sizes 16,
+    32, 64, ...; other shapes and float32 are taken too. kv_lens, page_indptr and page_indices are final
+    before `plan` and until the step's last `run`; so is the pool, but for each row's newest token.
+    """
 
     def __init__(
         self,
@@ -73,16 +79,14 @@ class DecodeAttention:
         head_dim: int,
         page_size: int,
         max_rows: int,
-        dtype: object,
+        dtype: torch.dtype | str,
         num_sms: int,
-    ) -> None:
-        """Raises ValueError, which names the argument, for sizes that no kernel takes."""
-
+    ) -> None: ...
     def workspace_bytes(self) -> int:
-        """What `plan` and `run` want of zeroed memory, for as long as they are used."""
+        """Size of the uint8 `workspace` that `plan` and `run` share; its first contents do not matter."""
 
     def plan(self, kv_lens: Tensor, page_indptr: Tensor, workspace: Tensor, stream: int) -> None:
-        """Divide the work of a step; once before its layers."""
+        """Divide a step's KV among the multiprocessors: one small kernel, once a step."""
 
     def run(
         self,
@@ -96,4 +100,4 @@ class DecodeAttention:
         workspace: Tensor,
         stream: int,
     ) -> None:
-        """Attend in one layer; a row of length 0 gets zeros."""
+        """Attend with `q` `[rows, heads, head_dim]`; rows whose kv_len is 0 become zeros in `out`."""

@@ -164,17 +164,15 @@ void embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& out,
 }
 
 }  // namespace
-}  // namespace disagg::bindings
 
-namespace disagg::bindings {
 void bind_attention(nb::module_& m);  // cuda_attention.cpp
-}
+
+}  // namespace disagg::bindings
 
 NB_MODULE(_cuda, m) {
   namespace b = disagg::bindings;
   m.doc() = "CUDA kernels for Hopper: row operators, sampling and attention over the paged KV pool.";
 
-  b::bind_attention(m);
   m.def("rms_norm", &b::rms_norm, "x"_a, "residual"_a.none(), "weight"_a, "out"_a, "eps"_a, "stream"_a);
   m.def("silu_and_mul", &b::silu_and_mul, "gate_up"_a, "out"_a, "stream"_a);
   m.def("rope_and_store", &b::rope_and_store, "q"_a, "k"_a, "v"_a, "positions"_a, "cos_sin"_a, "pool"_a, "layer"_a,
@@ -183,4 +181,5 @@ NB_MODULE(_cuda, m) {
         "out"_a, "last_tokens"_a, "stream"_a);
   m.def("gather_tokens", &b::gather_tokens, "token_ids"_a, "slots"_a, "last_tokens"_a, "stream"_a);
   m.def("embedding", &b::embedding, "token_ids"_a, "weight"_a, "out"_a, "stream"_a);
+  b::bind_attention(m);
 }

@@ -23,22 +23,17 @@ using Attention = cuda::DecodeAttention;
 
 constexpr std::uint8_t kUnsigned = 1;  // of DLPack
 
-Attention::Element element_of(const nb::object& dtype) {
+cuda::DType dtype_named(const nb::object& dtype) {
   const std::string name = nb::str(dtype).c_str();  // of a torch.dtype, or a string without the module
   const auto is = [&name](const std::string& wanted) { return name == wanted || name == "torch." + wanted; };
-  if (is("float32")) return Attention::Element::kFloat32;
-  if (is("bfloat16")) return Attention::Element::kBFloat16;
-  if (is("float16")) return Attention::Element::kFloat16;
+  if (is("float32")) return cuda::DType::kFloat32;
+  if (is("bfloat16")) return cuda::DType::kBFloat16;
+  if (is("float16")) return cuda::DType::kFloat16;
   throw std::invalid_argument("dtype must be bfloat16, float16 or float32, got " + name);
 }
 
-bool has(const Tensor& t, Attention::Element element) {
-  switch (element) {
-    case Attention::Element::kFloat32: return t.is(dlpack::kFloat, 32);
-    case Attention::Element::kBFloat16: return t.is(dlpack::kBfloat, 16);
-    case Attention::Element::kFloat16: return t.is(dlpack::kFloat, 16);
-  }
-  return false;
+bool has(const Tensor& t, cuda::DType dtype) {
+  return (t.is(dlpack::kFloat, 32) || t.is(dlpack::kFloat, 16) || t.is(dlpack::kBfloat, 16)) && dtype_of(t) == dtype;
 }
 
 bool is_aligned(const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0; }
@@ -49,7 +44,7 @@ class DecodeAttention {
  public:
   DecodeAttention(int num_heads, int num_kv_heads, int head_dim, int page_size, int max_rows, const nb::object& dtype,
                   int num_sms)
-      : attention_(checked({num_heads, num_kv_heads, head_dim, page_size, max_rows, element_of(dtype), num_sms})) {}
+      : attention_(checked({num_heads, num_kv_heads, head_dim, page_size, max_rows, dtype_named(dtype), num_sms})) {}
 
   std::size_t workspace_bytes() const { return attention_.workspace_bytes(); }
 
@@ -68,7 +63,7 @@ class DecodeAttention {
                                "16-byte aligned");
     require(is_heads(out, rows), "out must be [rows of kv_lens, num_heads, head_dim] of dtype, heads contiguous and "
                                  "rows 16-byte aligned");
-    require(pool.ndim() == 6 && has(pool, shape.element) && pool.packed_from(0) && is_aligned(pool) &&
+    require(pool.ndim() == 6 && has(pool, shape.dtype) && pool.packed_from(0) && is_aligned(pool) &&
                 pool.size(1) == shape.num_kv_heads && pool.size(3) == 2 && pool.size(4) == shape.page_size &&
                 pool.size(5) == shape.head_dim,
             "pool must be a contiguous [page, num_kv_heads, layer, 2, page_size, head_dim] of dtype");
@@ -111,7 +106,7 @@ class DecodeAttention {
 
   bool is_heads(const Tensor& t, int rows) const {
     const Attention::Shape& shape = attention_.shape();
-    return t.ndim() == 3 && has(t, shape.element) && t.packed_from(1) && t.size(0) == rows &&
+    return t.ndim() == 3 && has(t, shape.dtype) && t.packed_from(1) && t.size(0) == rows &&
            t.size(1) == shape.num_heads && t.size(2) == shape.head_dim && is_aligned(t) &&
            (rows <= 1 || t.stride(0) % 8 == 0);
   }

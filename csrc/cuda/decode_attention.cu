@@ -16,9 +16,6 @@
 #include "cuda/decode_attention.h"
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <bit>
@@ -26,6 +23,7 @@
 #include <numbers>
 
 #include "cuda/decode_division.h"
+#include "cuda/device.cuh"
 
 namespace disagg::cuda {
 namespace {
@@ -45,12 +43,6 @@ constexpr uint32_t kAll = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// Until the kernels before have ended and what they wrote is visible.
-__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_successors_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier) {
@@ -194,7 +186,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   __shared__ int firsts[DecodeAttention::kMaxRows];
   __shared__ uint64_t warp_totals[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  wait_for_predecessors();
+  wait_for_earlier_kernels();
 
   for (int i = threadIdx.x; i < max_ctas; i += kPlanThreads) space.arrived[i] = 0;
   // Both sums at once: rows that have KV in the upper half, their units in the lower.
@@ -529,7 +521,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);
   const int cta = static_cast<int>(blockIdx.x);
 
-  let_successors_start();
+  let_next_kernel_start();
   const DecodeStart start = load_record(p.space.starts + cta * kDecodeWarps + warp);
   const uint32_t ring = shared_address(&shared.ring[warp][0][0]);
   const uint32_t barriers = shared_address(&shared.barriers[warp][0]);
@@ -544,7 +536,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Loads<kDim> loads(p, &map, start, ring, barriers);
   int loaded = 0;
   for (; loaded < Shared::kStages && loads.pending() && !loads.is_newest(); ++loaded) loads.issue(loaded);
-  wait_for_predecessors();
+  wait_for_earlier_kernels();
   for (; loaded < Shared::kStages && loads.pending(); ++loaded) loads.issue(loaded);
 
   const auto out_of = [&p](int row, int kv_head, int head) {
@@ -699,21 +691,13 @@ struct PlainParams {
   float scale;
 };
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ void store(float* to, float x) { *to = x; }
-__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
-
 // One warp a (row, head): a lane a token for the scores, a lane every 32nd element for the sums.
 template <class T>
 __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ PlainParams p) {
   constexpr int kItems = DecodeAttention::kMaxHeadDim / 32;
   __shared__ float q[DecodeAttention::kMaxHeadDim];
   const int lane = threadIdx.x, head = blockIdx.x, row = blockIdx.y;
-  wait_for_predecessors();
-  let_successors_start();
+  begin();
   const int kv_len = p.kv_lens[row];
   const int* pages = p.page_indices + p.page_indptr[row];
   const T* pool = static_cast<const T*>(p.pool) + head / p.group * p.head_stride + p.layer_offset;
@@ -754,27 +738,10 @@ __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ Plain
   T* out = static_cast<T*>(p.out) + row * p.out_stride + static_cast<int64_t>(head) * p.head_dim;
 #pragma unroll
   for (int i = 0; i < kItems; ++i)
-    if (lane + 32 * i < p.head_dim) store(out + lane + 32 * i, kv_len > 0 ? sums[i] / total : 0);
+    if (lane + 32 * i < p.head_dim) out[lane + 32 * i] = from_float<T>(kv_len > 0 ? sums[i] / total : 0);
 }
 
 // ---- host ----
-
-// Launches so that the kernel's beginning may overlap its predecessor's end.
-template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
-                   const Args&... args) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
 
 // A pool as [run, k/v, head_dim / 64, token, 64], a run being one layer of one head of one page. A box
 // is 16 tokens of a run. Encoded by the driver, which this asks for at run time instead of linking it.
@@ -828,8 +795,11 @@ cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention:
                       .layer = run.layer,
                       .page_shift = std::countr_zero(static_cast<unsigned>(shape.page_size / kUnitTokens)),
                       .scale = scale_of(shape)};
-  return launch(decode_kernel<T, kDim>, dim3(static_cast<unsigned>(shape.num_sms)), kThreads, kBytes, stream, map,
-                params);
+  const Launch how{.blocks = static_cast<unsigned>(shape.num_sms),
+                   .threads = kThreads,
+                   .stream = stream,
+                   .shared_bytes = kBytes};
+  return launch(decode_kernel<T, kDim>, how, map, params);
 }
 
 template <class T>
@@ -852,14 +822,17 @@ cudaError_t run_plain(const DecodeAttention::Shape& shape, const DecodeAttention
                            .head_dim = shape.head_dim,
                            .page_size = shape.page_size,
                            .scale = scale_of(shape)};
-  const dim3 grid(static_cast<unsigned>(shape.num_heads), static_cast<unsigned>(run.rows));
-  return launch(plain_kernel<T>, grid, 32, 0, stream, params);
+  const Launch how{.blocks = static_cast<unsigned>(shape.num_heads),
+                   .threads = kWarp,
+                   .stream = stream,
+                   .blocks_y = static_cast<unsigned>(run.rows)};
+  return launch(plain_kernel<T>, how, params);
 }
 
 }  // namespace
 
 bool DecodeAttention::Shape::is_fast() const {
-  return (head_dim == 64 || head_dim == 128) && element != Element::kFloat32 && group() <= kHeads &&
+  return (head_dim == 64 || head_dim == 128) && item_bytes(dtype) == 2 && group() <= kHeads &&
          page_size % kUnitTokens == 0 && std::has_single_bit(static_cast<unsigned>(page_size / kUnitTokens));
 }
 
@@ -880,20 +853,20 @@ std::size_t DecodeAttention::workspace_bytes() const { return shape_.is_fast() ?
 cudaError_t DecodeAttention::plan(const int* kv_lens, const int* page_indptr, int rows, void* workspace,
                                   cudaStream_t stream) const {
   if (!shape_.is_fast()) return cudaSuccess;
-  return launch(plan_kernel, dim3(1), kPlanThreads, 0, stream, kv_lens, page_indptr, rows, shape_.num_kv_heads,
-                shape_.num_sms, Workspace(shape_, workspace));
+  const Launch how{.blocks = 1, .threads = kPlanThreads, .stream = stream};
+  return launch(plan_kernel, how, kv_lens, page_indptr, rows, shape_.num_kv_heads, shape_.num_sms,
+                Workspace(shape_, workspace));
 }
 
 cudaError_t DecodeAttention::run(const Run& run, cudaStream_t stream) const {
   if (run.rows == 0) return cudaSuccess;
-  const bool is_bfloat16 = shape_.element == Element::kBFloat16;
-  if (!shape_.is_fast()) {
-    if (shape_.element == Element::kFloat32) return run_plain<float>(shape_, run, stream);
-    return is_bfloat16 ? run_plain<__nv_bfloat16>(shape_, run, stream) : run_plain<__half>(shape_, run, stream);
-  }
-  if (shape_.head_dim == 64)
-    return is_bfloat16 ? run_fast<__nv_bfloat16, 64>(shape_, run, stream) : run_fast<__half, 64>(shape_, run, stream);
-  return is_bfloat16 ? run_fast<__nv_bfloat16, 128>(shape_, run, stream) : run_fast<__half, 128>(shape_, run, stream);
+  return with_type(shape_.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 2) {
+      if (shape_.is_fast())
+        return shape_.head_dim == 64 ? run_fast<T, 64>(shape_, run, stream) : run_fast<T, 128>(shape_, run, stream);
+    }
+    return run_plain<T>(shape_, run, stream);
+  });
 }
 
 }  // namespace disagg::cuda

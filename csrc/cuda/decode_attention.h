@@ -20,17 +20,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/dtype.h"
+
 namespace disagg::cuda {
 
 class DecodeAttention {
  public:
-  enum class Element { kFloat32, kBFloat16, kFloat16 };
   static constexpr int kMaxRows = 8192;
   static constexpr int kMaxHeadDim = 256;
 
   struct Shape {
     int num_heads, num_kv_heads, head_dim, page_size, max_rows;
-    Element element;
+    DType dtype;
     int num_sms;  // CTAs of the grid
     int group() const { return num_heads / num_kv_heads; }
     bool is_fast() const;

@@ -263,11 +263,13 @@ def test_a_step_sees_the_token_stored_just_before() -> None:
     last = case.lens.long() - 1
     newest = case.page_indices[case.page_indptr[rows].long() + last // case.page_size].long()
     offsets = last % case.page_size
+    layer = case.pool[:, :, case.layer].permute(0, 3, 1, 2, 4)  # [page, token, ...]
     tokens, queries = case.normal(len(rows), case.kv_heads, 2, case.dim), case.normal(*case.q.shape)
+    nothing = torch.full_like(tokens, torch.nan)
 
     def step() -> None:
         case.q.copy_(queries)
-        case.pool[newest, :, case.layer, :, offsets] = tokens
+        layer.index_put_((newest, offsets), tokens)
         case.run()
 
     case.plan()
@@ -276,7 +278,7 @@ def test_a_step_sees_the_token_stored_just_before() -> None:
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(20):
             case.q.zero_()
-            case.pool[newest, :, case.layer, :, offsets] = torch.nan
+            layer.index_put_((newest, offsets), nothing)
             step()
     for _ in range(5):
         tokens.copy_(case.normal(*tokens.shape))
