@@ -89,12 +89,12 @@ matchExpressions:
 
 {{- define "disagg.routerArgs" -}}
 - router
-- --host=0.0.0.0
+- --host=*
 - --port=8000
 - --discover={{ .Release.Name }}
 - --discover-namespace={{ .Release.Namespace }}
 - --transport-keys=/etc/disagg/keys
-- --peer-bind=tcp://0.0.0.0:5602
+- --peer-bind=tcp://*:5602
 - --drain-seconds={{ .Values.router.drainSeconds }}
 {{- include "disagg.modelArgs" . }}
 {{- if include "disagg.apiKeysSecret" . }}
@@ -113,9 +113,9 @@ matchExpressions:
 - worker
 - --role={{ .component }}
 - --worker-id=$(POD_NAME)
-- --control=tcp://0.0.0.0:5600
+- --control=tcp://*:5600
 - --advertise-host=$(POD_IP)
-- --http-host=0.0.0.0
+- --http-host=*
 - --http-port=8080
 - --transport-keys=/etc/disagg/keys
 - --drain-seconds={{ .values.drainSeconds }}
