@@ -142,6 +142,13 @@ def test_no_peers_are_nobody() -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize(("secret", "protocol"), [("", None), ("router-tls", "https")])
+def test_proxies_are_told_that_the_router_speaks_https(secret: str, protocol: str | None) -> None:
+    service = only(objects("--set", f"router.tls.secretName={secret}"), "Service", "chat-router")
+    assert service["spec"]["ports"][0].get("appProtocol") == protocol
+
+
+@needs_helm
 def test_switches_are_off_too() -> None:
     kinds = {found["kind"] for found in objects("--values", str(CASES["open"]))}
     assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Ingress", "HTTPRoute", "PodMonitor"}
