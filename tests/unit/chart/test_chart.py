@@ -149,6 +149,15 @@ def test_proxies_are_told_that_the_router_speaks_https(secret: str, protocol: st
 
 
 @needs_helm
+@pytest.mark.parametrize(("host", "hosts"), [("", {}), ("chat.example.com", {"hosts": ["chat.example.com"]})])
+def test_a_certificate_without_a_host_is_every_host_s(host: str, hosts: dict[str, list[str]]) -> None:
+    """The API server takes an empty name among the hosts for one, and refuses it."""
+    values = f"ingress.enabled=true,ingress.tlsSecretName=chat-tls,ingress.host={host}"
+    ingress = only(objects("--set", values), "Ingress", "chat-router")
+    assert ingress["spec"]["tls"] == [{"secretName": "chat-tls", **hosts}]
+
+
+@needs_helm
 def test_switches_are_off_too() -> None:
     kinds = {found["kind"] for found in objects("--values", str(CASES["open"]))}
     assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Ingress", "HTTPRoute", "PodMonitor"}
