@@ -159,6 +159,15 @@ def test_a_certificate_without_a_host_is_every_host_s(host: str, hosts: dict[str
 
 
 @needs_helm
+@pytest.mark.parametrize("name", ["router", "worker"])
+def test_names_are_looked_up_where_dns_pods_listen(name: str) -> None:
+    """53 of the Service is another port of the pod on OpenShift, and a policy sees that one."""
+    egress = only(objects(), "NetworkPolicy", f"chat-{name}")["spec"]["egress"]
+    open_to_all = [rule["ports"] for rule in egress if "to" not in rule]
+    assert open_to_all == [[{"port": n, "protocol": p} for n in (53, 5353) for p in ("UDP", "TCP")]]
+
+
+@needs_helm
 def test_switches_are_off_too() -> None:
     kinds = {found["kind"] for found in objects("--values", str(CASES["open"]))}
     assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Ingress", "HTTPRoute", "PodMonitor"}
