@@ -168,6 +168,16 @@ def test_names_are_looked_up_where_dns_pods_listen(name: str) -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize("key", ["router.startupSeconds", "decode.strategy", "accelerator", "shmSize"])
+def test_a_value_that_is_missing_ends_in_a_sentence(key: str) -> None:
+    """`helm upgrade --reuse-values` leaves out what is new in a chart; it would render as nothing."""
+    result = helm_template("--set", f"{key}=null")
+    assert result.returncode != 0
+    assert f"missing property '{key.rpartition('.')[2]}'" in result.stderr
+    assert "takes --reset-then-reuse-values, not --reuse-values" in result.stderr
+
+
+@needs_helm
 def test_switches_are_off_too() -> None:
     kinds = {found["kind"] for found in objects("--values", str(CASES["open"]))}
     assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Ingress", "HTTPRoute", "PodMonitor"}
