@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def objects(*arguments: str) -> list[dict]:
     result = helm_template(*arguments)
     assert result.returncode == 0, result.stderr
     return [found for found in yaml.safe_load_all(result.stdout) if found]
+
+
+def leaves(value: object) -> Iterator[object]:
+    if isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from leaves(below)
+    else:
+        yield value
 
 
 def only(found: list[dict], kind: str, name: str) -> dict:
@@ -175,6 +184,21 @@ def test_a_value_that_is_missing_ends_in_a_sentence(key: str) -> None:
     assert result.returncode != 0
     assert f"missing property '{key.rpartition('.')[2]}'" in result.stderr
     assert "takes --reset-then-reuse-values, not --reuse-values" in result.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize("scheme", ["hf://a/b", "pvc://123/123"])
+def test_names_stay_names_whatever_they_look_like(scheme: str) -> None:
+    """`123` names a namespace, a Secret or a claim, and YAML reads a number: the API server refuses it."""
+    names = "router.tls.secretName", "auth.existingSecret", "transport.existingSecret", "priorityClassName"
+    names += "ingress.tlsSecretName", "ingress.className", "ingress.host", "modelArtifacts.storageClassName"
+    values = ",".join((*(f"{name}=123" for name in names), f"modelArtifacts.uri={scheme}"))
+    model = "modelArtifacts.name=a: b"
+    found = objects(
+        "--namespace", "123", "--set-string", values, "--set", "ingress.enabled=true", "--set", model
+    )
+    assert 123 not in set(leaves(found))
+    assert "--served-model-name=a: b" in set(leaves(found))
 
 
 @needs_helm
