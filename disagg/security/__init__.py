@@ -14,7 +14,7 @@ A client makes a new socket for every try, and watches its monitor for `HANDSHAK
 `HANDSHAKE_SUCCEEDED`:
 
     keys = choice_for(ring, address)            # None where the link stays in the clear
-    secure_client(socket, keys, address)                 # then connect
+    secure_client(socket, keys, address)        # then connect
     keys.on_accepted()                          # on success
     all_refused = keys.on_refused()             # on failure: close the socket, try the next on another
 """
