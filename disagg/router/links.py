@@ -212,8 +212,7 @@ class ZmqLink:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         # Without it messages would queue for whoever comes to the address next.
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.IPV6, 1 if "[" in self._address else 0)
-        secure_client(socket, self._keys)
+        secure_client(socket, self._keys, self._address)
         self._socket = socket
         self._monitor: zmq.Socket[bytes] = socket.get_monitor_socket(_UP | _DOWN | HANDSHAKE_FAILED)
         self._fd = int(socket.getsockopt(zmq.FD))

@@ -144,7 +144,6 @@ class PeerServer:
         self._decode = decoder(AskRecord).decode
         self._socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IPV6, 1 if "[" in address else 0)
         secure_server(self._socket, keys, address)
         try:
             self._socket.bind(address)

@@ -16,7 +16,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from disagg.errors import ConfigError
-from disagg.security.addresses import host_of, is_loopback
+from disagg.security.addresses import host_of, is_loopback, may_be_ipv6
 from disagg.security.keys import KeyChoice, KeyRing
 from disagg.telemetry import fields
 
@@ -41,6 +41,7 @@ DOMAIN = "disagg"
 
 def secure_server(socket: "zmq.Socket[bytes]", ring: KeyRing | None, address: str) -> None:
     """Let in only clients with a key of the ring, if `address` is tcp. Before the bind."""
+    socket.setsockopt(zmq.IPV6, may_be_ipv6(address))
     if ring is None or host_of(address) is None:
         return
     _watch(socket)
@@ -65,8 +66,9 @@ def choice_for(ring: KeyRing | None, address: str) -> KeyChoice | None:
     return KeyChoice(ring) if ring is not None else None
 
 
-def secure_client(socket: "zmq.Socket[bytes]", keys: KeyChoice | None) -> None:
+def secure_client(socket: "zmq.Socket[bytes]", keys: KeyChoice | None, address: str) -> None:
     """Give the socket the key to try next. Before the connect."""
+    socket.setsockopt(zmq.IPV6, may_be_ipv6(address))
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     if keys is not None:
         _watch(socket)

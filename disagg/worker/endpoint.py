@@ -111,7 +111,6 @@ class ControlEndpoint:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.IPV6, 1 if "[" in address else 0)
         secure_server(self._socket, keys, address)
         try:
             self._socket.bind(address)

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from disagg.errors import ConfigError
 from disagg.protocol import WorkerState
-from disagg.security import is_own_call
+from disagg.security import is_own_call, listen
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -67,16 +67,10 @@ def make_app(worker: WorkerView) -> Starlette:
 def bind_http(host: str, port: int) -> socket.socket:
     """Listen on `host:port`; raises `ConfigError` where that is not possible."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-    except OSError as error:
+        listener = listen(host, port, 128)
+    except socket.gaierror as error:
         raise ConfigError(f"http_host {host!r} cannot be used: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
     except OSError as error:
-        listener.close()
         raise ConfigError(f"http_port {port} of {host!r} cannot be bound: {error.strerror}") from error
     listener.setblocking(False)
     return listener

@@ -120,8 +120,7 @@ class _Link:
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.IDENTITY, self._identity)
-        self._socket.setsockopt(zmq.IPV6, 1 if "[" in self._address else 0)
-        secure_client(self._socket, self._keys)
+        secure_client(self._socket, self._keys, self._address)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
             zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | HANDSHAKE_FAILED
         )

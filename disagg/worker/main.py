@@ -35,7 +35,7 @@ from disagg.protocol import (
     Welcome,
     WorkerState,
 )
-from disagg.security import KeyRing, admission
+from disagg.security import KeyRing, admission, host_port
 from disagg.telemetry import Stages, fields, set_up_logging
 from disagg.transfer import Event, prepare_environment
 from disagg.worker.addresses import advertised_address, check_addresses, http_url, is_local
@@ -156,7 +156,7 @@ class _Worker:
         nodes = self._config.nodes
         if nodes.num_nodes == 1:
             return None
-        address = f"tcp://{self._config.advertise_host or LOOPBACK}:{nodes.node_port}"
+        address = f"tcp://{host_port(self._config.advertise_host or LOOPBACK, nodes.node_port)}"
         return NodeLinks(
             bind_nodes(context, self._keys, address),
             self._config,

@@ -27,7 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 from disagg.config import WorkerConfig
 from disagg.errors import ConfigError, DisaggError, WorkerLost
 from disagg.protocol import PROTOCOL_VERSION, WorkerState
-from disagg.security import HANDSHAKE_FAILED, KeyChoice, KeyRing, choice_for, secure_client
+from disagg.security import HANDSHAKE_FAILED, KeyChoice, KeyRing, choice_for, host_port, secure_client
 from disagg.telemetry import fields, set_up_logging
 from disagg.transfer import prepare_environment
 from disagg.worker.addresses import http_url, is_local
@@ -80,7 +80,8 @@ def run_node(config: WorkerConfig, keys: KeyRing | None, *, ready: Ready) -> int
 
 
 def _address(config: WorkerConfig) -> str:
-    return f"tcp://{config.nodes.leader_address}:{config.nodes.node_port}"
+    assert config.nodes.leader_address is not None, "checked"
+    return f"tcp://{host_port(config.nodes.leader_address, config.nodes.node_port)}"
 
 
 class _Agent:
@@ -273,7 +274,7 @@ class _LeaderLink:
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         set_heartbeat(self._socket)
-        secure_client(self._socket, self._keys)
+        secure_client(self._socket, self._keys, _address(self._config))
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
             zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | HANDSHAKE_FAILED
         )

@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from disagg.frontend import App, TextModel, create_app, exchange, server
+from disagg.security import listen
 from support.checkpoints import write_tokenizer
 from support.generator import FakeGenerator, FakeTicket
 from support.http_server import RunningServer, serving
+from support.sockets import needs_ipv6
 
 MAX_BODY_BYTES = 1_000_000
 
@@ -336,3 +338,15 @@ def test_a_thousand_requests_leave_nothing(running: RunningServer) -> None:
     wait_for(lambda: not running.call(lambda: len(connections)))
     assert running.call(lambda: len(running.server._server.server_state.tasks)) == 0
     assert all(ticket.left.is_set() and not ticket.aborted for ticket in running.generator.tickets)
+
+
+@needs_ipv6
+def test_every_interface_is_of_ipv4_alone_where_the_system_has_no_ipv6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nodes may boot with `ipv6.disable=1`, and then have no such sockets."""
+    with listen("*", 0, 1) as both, listen("localhost", 0, 1) as named:
+        assert (both.family, named.family) == (socket.AF_INET6, socket.AF_INET)
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with listen("*", 0, 1) as only:
+        assert only.getsockname()[0] == "0.0.0.0"

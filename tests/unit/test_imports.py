@@ -39,7 +39,7 @@ LAYERS = {
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol", "security"},
-    "kubernetes": {"errors", "telemetry"},
+    "kubernetes": {"errors", "security", "telemetry"},
     "router": {
         "_core",
         "checkpoint",
@@ -51,7 +51,7 @@ LAYERS = {
         "security",
         "telemetry",
     },
-    "supervisor": {"checkpoint", "config", "errors"},
+    "supervisor": {"checkpoint", "config", "errors", "security"},
 }
 TORCH_FREE = [
     "client",
