@@ -17,8 +17,9 @@ import zmq
 import zmq.auth.thread
 from zmq.utils.monitor import recv_monitor_message
 
+from disagg.links import DealerLink
 from disagg.protocol import PROTOCOL_VERSION, FromWorker, Hello, Load, PeerFence, encode
-from disagg.router.links import ZmqConnector, ZmqLink
+from disagg.router.links import ZmqConnector
 from disagg.security import HANDSHAKE_FAILED, KeyPair, KeyRing, admission, secure_server
 from disagg.worker.endpoint import ControlEndpoint
 from disagg.worker.links import PeerLinks
@@ -91,7 +92,7 @@ class RouterSide:
     """What a router's link tells it; answers the connection with a Hello."""
 
     def __init__(self) -> None:
-        self.link: ZmqLink | None = None
+        self.link: DealerLink[FromWorker] | None = None
         self.ups = 0
         self.downs: list[str] = []
         self.messages: list[FromWorker] = []
@@ -285,7 +286,7 @@ def test_a_router_reaches_the_restarted_server_with_the_new_key(tmp_path: Path) 
 def test_a_refused_router_says_so_once_and_gets_in_when_its_keys_are_right(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("disagg.router.links.REFUSED_RETRY_S", 0.01)
+    monkeypatch.setattr("disagg.links.dealer.REFUSED_RETRY_S", 0.01)
 
     async def test(bench: Bench) -> None:
         with ExitStack() as stack:
@@ -306,14 +307,14 @@ def test_a_refused_router_says_so_once_and_gets_in_when_its_keys_are_right(
 
 def count_rounds(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     rounds: list[None] = []
-    connect = ZmqLink._connect
+    connect = DealerLink._connect
 
-    def counting(link: ZmqLink, after_s: float = 0.0) -> None:
+    def counting(link: DealerLink, after_s: float = 0.0) -> None:
         if after_s:
             rounds.append(None)
         connect(link, after_s)
 
-    monkeypatch.setattr(ZmqLink, "_connect", counting)
+    monkeypatch.setattr(DealerLink, "_connect", counting)
     return rounds
 
 
