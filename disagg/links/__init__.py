@@ -5,7 +5,7 @@ that has arrived, and no future is made for any. Sends never wait. May import `e
 and `telemetry` only. Read `dealer.py` first.
 """
 
-from disagg.links.dealer import DISCONNECTED, UNREAD, DealerLink, LinkEvents, LinkKind
+from disagg.links.dealer import DISCONNECTED, DealerLink, LinkEvents, LinkKind
 from disagg.links.reader import SocketReader
 
-__all__ = ["DISCONNECTED", "UNREAD", "DealerLink", "LinkEvents", "LinkKind", "SocketReader"]
+__all__ = ["DISCONNECTED", "DealerLink", "LinkEvents", "LinkKind", "SocketReader"]

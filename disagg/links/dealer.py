@@ -31,7 +31,6 @@ REFUSALS_TO_TELL = 2
 """A process that is killed during one handshake looks the same once; told once a connection."""
 GOODBYE_LINGER_MS = 200
 DISCONNECTED = "disconnected"
-UNREAD = "does not read"
 
 _UP = zmq.Event.HANDSHAKE_SUCCEEDED
 _DOWN = zmq.Event.DISCONNECTED
@@ -41,7 +40,7 @@ M_contra = TypeVar("M_contra", contravariant=True)
 
 
 class LinkEvents(Protocol[M_contra]):
-    """What a link tells its owner, on the loop's thread."""
+    """What a link tells its owner, on the loop's thread. Who inherits it is deaf to what it leaves out."""
 
     def on_up(self) -> None:
         """Connected, possibly to another process than before."""
@@ -51,12 +50,14 @@ class LinkEvents(Protocol[M_contra]):
 
     def on_malformed(self) -> None:
         """A message was dropped: it is none of the protocol."""
+        return
 
     def on_down(self, reason: str) -> None:
         """The connection is gone, and with it all that was sent and not answered."""
 
     def on_batch_end(self) -> None:
         """Everything that had arrived has been told."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class DealerLink(Generic[M]):
 
     def _give_up(self, socket: "zmq.Socket[bytes]") -> None:
         if socket is self._socket:
-            self.reset(UNREAD)
+            self.reset("does not read")
 
     def _connect(self, after_s: float = 0.0) -> None:
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)

@@ -79,7 +79,7 @@ class RouterPeers:
         self.on_members(())
 
 
-class _Peer:
+class _Peer(LinkEvents[RecordAnswer]):
     """One router, and who waits for its answers."""
 
     def __init__(self, address: str, connector: PeerConnector) -> None:
@@ -107,8 +107,6 @@ class _Peer:
         if not waiting:
             self._waiting.pop(request_id, None)
 
-    # LinkEvents
-
     def on_up(self) -> None:
         """Nothing is to be said first."""
         self.is_up = True
@@ -119,17 +117,11 @@ class _Peer:
             if not answer.done():
                 answer.set_result(message.record)
 
-    def on_malformed(self) -> None:
-        """The link has said so."""
-
     def on_down(self, reason: str) -> None:
         """It will not answer what it was asked."""
         self.is_up = False
         for request_id in list(self._waiting):
             self.on_message(RecordAnswer(request_id, None))
-
-    def on_batch_end(self) -> None:
-        """Nothing waits for it."""
 
 
 class PeerServer:

@@ -11,7 +11,7 @@ from typing import Protocol
 import zmq
 
 from disagg.errors import ConfigError
-from disagg.links import DealerLink, LinkKind
+from disagg.links import DealerLink, LinkEvents, LinkKind
 from disagg.protocol import FromPeer
 from disagg.security import KeyRing
 from disagg.telemetry import fields
@@ -83,7 +83,7 @@ class PeerLinks:
             self.close(uuid)
 
 
-class _PeerLink:
+class _PeerLink(LinkEvents[FromPeer]):
     """One process, and what it is to be told once the connection stands."""
 
     def __init__(
@@ -110,8 +110,6 @@ class _PeerLink:
     def close(self) -> None:
         self._link.close()
 
-    # LinkEvents
-
     def on_up(self) -> None:
         """Say what has waited."""
         unsent, self._unsent = self._unsent or (), None
@@ -122,13 +120,7 @@ class _PeerLink:
         """One message."""
         self._events.on_link(self._uuid, message)
 
-    def on_malformed(self) -> None:
-        """The link has said so."""
-
     def on_down(self, reason: str) -> None:
         """It is over."""
         log.warning("link to peer lost %s", fields(uuid=self._uuid, address=self._address, reason=reason))
         self._events.on_link_lost(self._uuid)
-
-    def on_batch_end(self) -> None:
-        """Nothing waits for it."""
