@@ -41,7 +41,7 @@ class Bench:
         self.ring = KeyRing(self.server_keys.path, self.clock)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(self.context.destroy, linger=0)
-        stack.enter_context(admission(self.context, self.ring))
+        self.is_alive = stack.enter_context(admission(self.context, self.ring))
         self.heard = Recorder()
         self.endpoint = self.bind("tcp://127.0.0.1:0")
         stack.callback(lambda: self.endpoint.close())
@@ -225,6 +225,24 @@ def test_a_server_without_its_zap_thread_lets_nobody_in(tmp_path: Path) -> None:
                 assert recv_monitor_message(monitor)["event"] != zmq.Event.HANDSHAKE_SUCCEEDED
                 server.disable_monitor()
             assert router.ups == 0
+
+    run(tmp_path, test)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_zap_thread_that_breaks_fails_liveness_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To whoever connects it looks like a wrong key; and the process must still end, this test too."""
+
+    async def test(bench: Bench) -> None:
+        assert bench.is_alive()
+        monkeypatch.setattr(bench.ring, "accepts", lambda public: 1 // 0)
+        with ExitStack() as stack:
+            open_link(stack, bench.address, bench.keys("router", current="a"))
+            await until(lambda: not bench.is_alive())
+        assert not bench.is_alive()
+        assert len([message for message in caplog.messages if "the ZAP thread has ended" in message]) == 1
 
     run(tmp_path, test)
 
