@@ -115,8 +115,8 @@ def bind_nodes(
     bound: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     # A send to a node that has gone fails: that is how we learn of it.
     bound.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    set_heartbeat(bound)
     secure_server(bound, keys, address)
+    set_heartbeat(bound)  # last: keys bring slower ones
     try:
         bound.bind(address)
     except zmq.ZMQError as error:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 import zmq
@@ -11,9 +12,19 @@ import zmq
 from disagg.config import NodesConfig, WorkerConfig
 from disagg.errors import WorkerLost
 from disagg.protocol import decoder, encode
+from disagg.security import KeyRing, choice_for, secure_client
 from disagg.worker import node as node_module
-from disagg.worker.node import _Agent
-from disagg.worker.nodes import FromNode, NodeHello, NodeStart, NodeStarted
+from disagg.worker.node import TO_LEADER, _Agent
+from disagg.worker.nodes import (
+    BEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
+    FromNode,
+    NodeHello,
+    NodeStart,
+    NodeStarted,
+    bind_nodes,
+)
+from support.keys import KeyFolder
 from support.sockets import LIMIT_S, until
 
 RANK_SAYS_BYTES = 256 << 20
@@ -141,3 +152,18 @@ def test_an_agent_that_is_told_nonsense_ends(leader: Leader, rank: Rank) -> None
         assert rank.is_killed
 
     asyncio.run(test())
+
+
+def test_nodes_beat_as_fast_with_keys(tmp_path: Path) -> None:
+    """Keys bring a heartbeat of their own, by which a lost node would be noticed after 15 s."""
+    ring = KeyRing(KeyFolder(tmp_path / "keys", current="a").path)
+    with (
+        zmq.Context() as context,
+        bind_nodes(context, ring, "tcp://127.0.0.1:*") as bound,
+        context.socket(zmq.DEALER) as dealer,
+    ):
+        secure_client(dealer, choice_for(ring, "tcp://127.0.0.1:1"))
+        TO_LEADER.prepare(dealer)
+        for end in (bound, dealer):
+            assert end.getsockopt(zmq.HEARTBEAT_IVL) == BEAT_MS
+            assert end.getsockopt(zmq.HEARTBEAT_TIMEOUT) == HEARTBEAT_TIMEOUT_MS
