@@ -8,7 +8,7 @@ lets nobody in.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,18 +84,35 @@ def _watch(socket: "zmq.Socket[bytes]") -> None:
 
 
 @contextmanager
-def admission(context: "zmq.Context[Any]", ring: KeyRing | None) -> Iterator[None]:
-    """Answer for all servers of a context whether a client may connect; one thread, idle in between."""
+def admission(context: "zmq.Context[Any]", ring: KeyRing | None) -> Iterator[Callable[[], bool]]:
+    """Answer for all servers of a context whether a client may connect; one thread, idle in between.
+
+    Yields:
+        What tells, from any thread, whether it still does; the first time that it does not, the log says so.
+        Nobody new gets in then, and only another process would let them.
+    """
     if ring is None:
-        yield
+        yield lambda: True
         return
     authenticator = ThreadAuthenticator(context)
+    told: list[str] = []
+
+    def is_alive() -> bool:
+        if not authenticator.is_alive() and not told:
+            told.append("the ZAP thread has ended: nobody can connect to this process any more, restart it")
+            log.error(told[0])
+        return not told
+
     try:
         authenticator.start()
         authenticator.configure_curve_callback(DOMAIN, _Doorkeeper(ring))
-        yield
+        yield is_alive
     finally:
         # Also after a start that failed: to end the context would wait for its sockets for ever.
+        if authenticator.pipe is not None and not authenticator.is_alive():
+            # Its own stop() would wait for ever to tell a thread that is no more.
+            authenticator.pipe.close()
+            authenticator.pipe = None  # type: ignore[assignment]
         authenticator.stop()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import uvicorn
@@ -33,8 +33,8 @@ class WorkerView(Protocol):
         """Begin to drain and wait for its end; leases left when the deadline passed, else 0."""
 
 
-def make_app(worker: WorkerView) -> Starlette:
-    """Build the routes over `worker`."""
+def make_app(worker: WorkerView, is_alive: Callable[[], bool] = lambda: True) -> Starlette:
+    """Build the routes over `worker`; where `is_alive` is false only another process could serve."""
 
     async def health(request: Request) -> Response:
         del request
@@ -43,7 +43,8 @@ def make_app(worker: WorkerView) -> Starlette:
 
     async def live(request: Request) -> Response:
         del request
-        return JSONResponse({"live": True})
+        alive = is_alive()
+        return JSONResponse({"live": alive}, 200 if alive else 503)
 
     async def metrics(request: Request) -> Response:
         del request

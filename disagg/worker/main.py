@@ -134,7 +134,7 @@ class _Worker:
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             # Waits until what was sent has left, as long as the sockets linger.
             stack.callback(context.term)
-            stack.enter_context(admission(context, self._keys))
+            self._is_alive = stack.enter_context(admission(context, self._keys))
             # Bound before the model loads, so that a taken address is told at once; whoever connects
             # is heard as soon as there is something to answer.
             self._endpoint = ControlEndpoint(context, self._config.control, self._keys)
@@ -175,7 +175,7 @@ class _Worker:
             load=lambda: self._load,
             malformed=lambda: self._endpoint.num_malformed,
         )
-        http = HttpServer(make_app(self))
+        http = HttpServer(make_app(self, self._is_alive))
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(http.serve(sockets=[listener]), name="http")

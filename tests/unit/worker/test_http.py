@@ -1,6 +1,7 @@
 """The worker's http port, without a socket."""
 
 import asyncio
+from typing import Any
 
 import httpx
 
@@ -41,6 +42,17 @@ def test_live_is_200_in_every_state() -> None:
     """A liveness probe that failed while draining would have the drain killed."""
     for state in ("starting", "ready", "draining"):
         assert asyncio.run(ask(View(state), "GET", "/live")).status_code == 200
+
+
+def test_live_is_503_where_only_another_process_could_serve() -> None:
+    async def live(is_alive: bool) -> tuple[int, Any]:
+        transport = httpx.ASGITransport(make_app(View("ready"), lambda: is_alive))
+        async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+            answer = await client.get("/live")
+            return answer.status_code, answer.json()
+
+    assert asyncio.run(live(True)) == (200, {"live": True})
+    assert asyncio.run(live(False)) == (503, {"live": False})
 
 
 def test_drain_is_answered_to_loopback_only() -> None:
