@@ -78,7 +78,9 @@ def schema(value: Any, path: str, notes: dict[str, Comment]) -> dict[str, Any]:
     name = path.rpartition(".")[2]
     if isinstance(value, dict) and name not in KUBERNETES and value:
         properties = {key: schema(below, f"{path}.{key}".lstrip("."), notes) for key, below in value.items()}
-        result |= {"additionalProperties": False, "properties": properties}
+        # A section with nothing in it is null, which takes its defaults away: that ends in a sentence too.
+        required = [key for key, below in value.items() if below not in ("", [], {})]
+        result |= {"additionalProperties": False, "properties": properties, "required": required}
     elif isinstance(value, list):
         result["items"] = {"type": ITEMS.get(name, "object")}
     return result | own
