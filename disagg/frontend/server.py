@@ -73,6 +73,14 @@ class HttpServer:
             await self._server.close()
             self._app.close()
 
+    def dismiss(self) -> None:
+        """Close the connections that are idle, and each other one behind the answer that it has in progress.
+
+        Whoever kept one, perhaps since a long stream began, asks again by another, of another server.
+        """
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
+
     def stop(self) -> None:
         """Accept no more connections; `run` returns when the open requests have been answered."""
         self._server.should_exit = True

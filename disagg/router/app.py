@@ -176,6 +176,7 @@ class _Process:
 
     async def _end(self, serving: "asyncio.Task[None]", clock: "asyncio.Task[None]") -> None:
         await self._stop.wait()
+        self._server.dismiss()
         await self._service.drain(self._drain_s)
         self._server.stop()
         _, slow = await asyncio.wait((serving,), timeout=HTTP_CLOSE_S)

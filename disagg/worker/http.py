@@ -85,6 +85,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 lifespan="off",
+                http="h11",  # the other parser keeps a header that never ends, for anybody who sends one
                 log_config=None,
                 access_log=False,
                 date_header=False,  # uvicorn renews it in the loop that we do without

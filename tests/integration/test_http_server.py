@@ -307,6 +307,23 @@ def test_a_retiring_server_answers_and_then_lets_go_of_its_clients(
     assert answer_bytes.endswith(b"}")
 
 
+def test_dismissed_clients_lose_no_answer_and_keep_no_connection(
+    running: RunningServer, connection: socket.socket
+) -> None:
+    """A stream that began before /drain promised to keep its connection; what comes next there is refused."""
+    connection.sendall(post(completion(stream=True)))
+    ticket = running.ticket()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as idle:
+        idle.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        read_until(idle, b"}")
+        running.call(running.server.dismiss)
+        assert read_all(idle) == b""
+    finish(running, ticket)
+    answer = read_all(connection)
+    assert b"200 OK" in answer
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 def test_an_aborted_server_ends_at_once(folder: Path) -> None:
     def make_app(generator: FakeGenerator) -> App:
         return create_app(generator, TextModel.from_folder(folder), "m")

@@ -85,6 +85,16 @@ def test_readme_and_schema_are_those_of_the_values() -> None:
         ("decode.nodesPerWorker=2", "decode.nodesPerWorker 2 does not divide decode.parallelism.tensor 1"),
         ("auth.apiKeys={a},auth.existingSecret=b", "exclude each other"),
         ("httpRoute.enabled=true", "needs httpRoute.parentRefs"),
+        ("auth.apiKeys={a b}", "'/auth/apiKeys/0': 'a b' does not match pattern"),
+        ("auth.apiKeys={#a}", "'/auth/apiKeys/0': '#a' does not match pattern"),
+        ("decode.strategy.maxSurge=0", "decode.strategy: maxSurge and maxUnavailable are both 0"),
+        ("router.strategy.maxSurge=0%", "router.strategy: maxSurge and maxUnavailable are both 0"),
+        ("shmSize=lots", "'/shmSize': 'lots' does not match pattern"),
+        ("modelArtifacts.size=50 GB", "'/modelArtifacts/size': '50 GB' does not match pattern"),
+        ("modelArtifacts.mountPath=models", "'/modelArtifacts/mountPath': 'models' does not match pattern"),
+        ("image.repository=", "'/image/repository': minLength: got 0, want 1"),
+        ("decode=null", "missing property 'decode'"),
+        ("networkPolicy.enabled=null", "'/networkPolicy': missing property 'enabled'"),
     ],
 )
 def test_wrong_values_end_in_a_sentence(value: str, sentence: str) -> None:

@@ -1,12 +1,13 @@
-"""The worker's http port, without a socket."""
+"""The worker's http port, mostly without a socket."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import httpx
 
 from disagg.protocol import WorkerState
-from disagg.worker.http import HttpServer, make_app
+from disagg.worker.http import HttpServer, bind_http, make_app
 
 
 class View:
@@ -77,3 +78,26 @@ def test_metrics_are_prometheus_text() -> None:
 def test_no_header_makes_a_peer_a_loopback_one() -> None:
     """Uvicorn believes the `x-forwarded-for` of whom FORWARDED_ALLOW_IPS names: anybody could drain then."""
     assert HttpServer(make_app(View("ready"))).config.proxy_headers is False
+
+
+def test_a_header_without_end_is_refused() -> None:
+    """Anybody who reaches the port could fill the memory of a worker."""
+
+    async def bytes_taken() -> int:
+        server = HttpServer(make_app(View("ready")))
+        listener = bind_http("127.0.0.1", 0)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET /live HTTP/1.1\r\nhost: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 32 << 20 and not reader.at_eof():
+                writer.write(b"x" * 65536)
+                sent += 65536
+                await writer.drain()
+        writer.close()
+        server.stop()
+        await serving
+        return sent
+
+    assert asyncio.run(bytes_taken()) < 32 << 20
