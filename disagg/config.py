@@ -142,14 +142,14 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(
             description="Address of the control socket, tcp://HOST:PORT or ipc://PATH; other than loopback "
-            "only with transport keys."
+            "only with transport keys. tcp://*:PORT is every interface, of IPv4 and IPv6."
         ),
     ] = "tcp://127.0.0.1:5600"
     advertise_host: AdvertiseHost = None
     transport_keys: TransportKeys = None
-    http_host: Annotated[str, Meta(description="Interface of /health, /live, /metrics and /drain.")] = (
-        "127.0.0.1"
-    )
+    http_host: Annotated[
+        str, Meta(description="Interface of /health, /live, /metrics and /drain; * is every one.")
+    ] = "127.0.0.1"
     http_port: Annotated[int, Meta(ge=0, le=65535, description="Port of the same; 0 picks a free one.")] = (
         8080
     )
@@ -188,7 +188,9 @@ ApiKey = Annotated[str, Meta(pattern=r"^[!-~]+\Z")]
 class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One router process."""
 
-    host: Annotated[str, Meta(description="Interface of the OpenAI API.")] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(description="Interface of the OpenAI API; * is every one, of IPv4 and IPv6.")
+    ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port of the same; 0 picks a free one.")] = 8000
     api_key: Annotated[
         tuple[ApiKey, ...], Meta(description="Key that clients must send; may be given several times.")
@@ -242,7 +244,9 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Positive | None,
         Meta(description="Tensor-parallel size of decode workers; default --tensor-parallel-size."),
     ] = None
-    host: Annotated[str, Meta(description="Interface of the OpenAI API.")] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(description="Interface of the OpenAI API; * is every one, of IPv4 and IPv6.")
+    ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port of the same; 0 picks a free one.")] = 8000
     api_key: Annotated[
         tuple[ApiKey, ...], Meta(description="Key that clients must send; may be given several times.")

@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -164,15 +163,15 @@ def check_descriptors() -> Finding:
 
 def check_port(host: str, port: int) -> Finding:
     """Try to bind the router's port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            advice = "Choose another with --port, or stop what listens there."
-            return Finding("port", "missing", f"{host}:{port} cannot be bound: {error.strerror}", advice)
-    return Finding("port", "ok", f"{host}:{port} is free")
+    from disagg.security import host_port, listen
+
+    address = host_port(host, port)
+    try:
+        listen(host, port, 1).close()
+    except OSError as error:
+        advice = "Choose another with --port, or stop what listens there."
+        return Finding("port", "missing", f"{address} cannot be bound: {error.strerror}", advice)
+    return Finding("port", "ok", f"{address} is free")
 
 
 def check_model(model: str) -> Finding:

@@ -2,7 +2,7 @@
 
 Usage: chart_readme.py [--check]. A comment `# -- …` above a key describes it, as helm-docs reads it;
 lines between two `# @schema` are merged into the key's JSON schema. Types come from the defaults,
-and every map of ours that has a key forbids all others. `--check` writes nothing and fails where a
+and every map of ours has its keys, all of them and no others. `--check` writes nothing and fails where a
 file is out of date.
 """
 
@@ -19,6 +19,8 @@ TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: 
 ITEMS = {"extraArgs": "string", "apiKeys": "string", "capabilities": "string", "hostnames": "string"}
 KUBERNETES = {"labels", "annotations", "nodeSelector", "affinity", "resources"}
 """Maps that are Kubernetes' own or the user's: any key."""
+COMPLETE = "complete: helm upgrade to another chart takes --reset-then-reuse-values, not --reuse-values"
+"""Helm prints it after "value must be". `--reuse-values` leaves a new chart's values without a default."""
 
 OPENING = """# disagg
 
@@ -78,7 +80,8 @@ def schema(value: Any, path: str, notes: dict[str, Comment]) -> dict[str, Any]:
     name = path.rpartition(".")[2]
     if isinstance(value, dict) and name not in KUBERNETES and value:
         properties = {key: schema(below, f"{path}.{key}".lstrip("."), notes) for key, below in value.items()}
-        result |= {"additionalProperties": False, "properties": properties}
+        result |= {"additionalProperties": False, "properties": properties, "required": list(properties)}
+        result |= {"if": {"minProperties": len(properties)}, "else": {"const": COMPLETE}}
     elif isinstance(value, list):
         result["items"] = {"type": ITEMS.get(name, "object")}
     return result | own

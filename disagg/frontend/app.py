@@ -6,7 +6,7 @@ all of ours. FastAPI serves everything else, and documents it all at /docs.
 
 import logging
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from secrets import token_hex
 from typing import Any, Final
 
@@ -42,9 +42,14 @@ def create_app(
     api_keys: ApiKeys | None = None,
     max_body_bytes: int = 8 * 1024 * 1024,
     retire_s: float = RETIRE_S,
+    is_alive: Callable[[], bool] = lambda: True,
 ) -> "App":
-    """Make the application of one served model. It owns `text` from now on."""
-    service = Service(generator, text, model_name, int(time.time()), max_body_bytes, Retirement(retire_s))
+    """Make the application of one served model. It owns `text` from now on.
+
+    Where `is_alive` is false only another process could serve: `/live` says so.
+    """
+    retirement = Retirement(retire_s)
+    service = Service(generator, text, model_name, int(time.time()), max_body_bytes, retirement, is_alive)
     return App(service, api_keys or ApiKeys())
 
 

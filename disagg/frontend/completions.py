@@ -34,6 +34,7 @@ class Service(Struct, frozen=True):
     """Unix time at which the model was loaded."""
     max_body_bytes: int
     retirement: Retirement
+    is_alive: Callable[[], bool]
 
     def note(self, exchange: Exchange, error: BaseException) -> None:
         """Put an error in the ledger, where the generator has no record of the request yet."""

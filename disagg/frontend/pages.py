@@ -70,8 +70,9 @@ def _add_probes(pages: FastAPI, service: Service) -> None:
     @pages.head("/live", include_in_schema=False)
     @pages.get("/live", tags=["operation"])
     async def live() -> JSONResponse:
-        """200 while the process lives, whatever its workers do."""
-        return JSONResponse({"status": "ok"})
+        """200 while the process lives, whatever its workers do; 503 where it must be started again."""
+        alive = service.is_alive()
+        return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     @pages.post("/drain", tags=["operation"])
     async def drain(request: Request) -> JSONResponse:

@@ -16,6 +16,7 @@ from disagg.errors import ConfigError, InvalidRequest, RequestError
 from disagg.frontend.app import App
 from disagg.frontend.errors import BodyTooSlow, HeadersTooLarge, reply_to
 from disagg.frontend.exchange import LINGER_S
+from disagg.security import host_port, listen
 
 HEADER_TIMEOUT_S = 3.0
 """From its first byte. The body may take twice as long; all are answered within ten seconds."""
@@ -39,11 +40,10 @@ class HttpServer:
         Raises:
             ConfigError: The address cannot be bound.
         """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
+            self._socket = listen(host, port, BACKLOG)
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+            raise ConfigError(f"cannot listen on {host_port(host, port)}: {error}") from error
         self.host = host
         self.port: int = self._socket.getsockname()[1]
         self._app = app
@@ -72,6 +72,14 @@ class HttpServer:
         finally:
             await self._server.close()
             self._app.close()
+
+    def dismiss(self) -> None:
+        """Close the connections that are idle, and each other one behind the answer that it has in progress.
+
+        Whoever kept one, perhaps since a long stream began, asks again by another, of another server.
+        """
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
 
     def stop(self) -> None:
         """Accept no more connections; `run` returns when the open requests have been answered."""

@@ -9,6 +9,7 @@ from typing import Literal
 from msgspec import Struct
 
 from disagg.kubernetes.watch import Metadata
+from disagg.security import host_port
 
 Condition = Literal["ready", "not_ready", "terminating"]
 
@@ -107,10 +108,7 @@ def _endpoints(slices: Iterable[EndpointSlice], port: str) -> Iterable[Member]:
             continue
         for endpoint in part.endpoints or []:
             if endpoint.addresses:
-                host = endpoint.addresses[0]
-                address = (
-                    f"tcp://[{host}]:{number}" if part.address_type == "IPv6" else f"tcp://{host}:{number}"
-                )
+                address = f"tcp://{host_port(endpoint.addresses[0], number)}"
                 ref = endpoint.target_ref or TargetRef()
                 yield Member(address, endpoint.conditions.to_condition(), ref.name, ref.uid)
 

@@ -71,17 +71,20 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
         dispatcher = _make_dispatcher(config, connector, tokenizer_hash(files.path), proofs)
         peers = RouterPeers(connector)
         service = RouterService(dispatcher, Ledger(config.routing.ledger_size), ask_peers=peers.ask)
+        # Before what it answers for: the sockets of `PeerServer`, the only ones that a router binds.
+        asked_keys = keys if config.peer_bind is not None else None
+        is_alive = stack.enter_context(admission(connector.context, asked_keys))
         app = create_app(
             service,
             text,
             model.served_model_name or model.model,
             api_keys=ApiKeys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
             max_body_bytes=config.max_body_bytes,
+            is_alive=is_alive,
         )
         stack.callback(dispatcher.close)
         stack.callback(peers.close)
         if config.peer_bind is not None:
-            stack.enter_context(admission(connector.context, keys))
             asked = PeerServer(connector.context, config.peer_bind, keys, service.own_record)
             stack.callback(asked.close)
         discovery = _make_discovery(config, dispatcher, peers, pods)
@@ -173,6 +176,7 @@ class _Process:
 
     async def _end(self, serving: "asyncio.Task[None]", clock: "asyncio.Task[None]") -> None:
         await self._stop.wait()
+        self._server.dismiss()
         await self._service.drain(self._drain_s)
         self._server.stop()
         _, slow = await asyncio.wait((serving,), timeout=HTTP_CLOSE_S)

@@ -14,8 +14,9 @@ import msgspec
 import zmq
 
 from disagg.errors import ConfigError
+from disagg.links import LinkEvents, SocketReader
 from disagg.protocol import AskRecord, RecordAnswer, decoder, encode
-from disagg.router.links import Link, LinkEvents
+from disagg.router.links import Link
 from disagg.security import KeyRing, choice_for, secure_server
 from disagg.telemetry import fields
 
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 
 ANSWER_S = 1.0
 """A router that has not answered by then has not got the record, as far as the client is told."""
-ASKS_A_WAKE = 100
 
 Find = Callable[[str], bytes | None]
 """One of our own records as JSON."""
@@ -79,7 +79,7 @@ class RouterPeers:
         self.on_members(())
 
 
-class _Peer:
+class _Peer(LinkEvents[RecordAnswer]):
     """One router, and who waits for its answers."""
 
     def __init__(self, address: str, connector: PeerConnector) -> None:
@@ -107,8 +107,6 @@ class _Peer:
         if not waiting:
             self._waiting.pop(request_id, None)
 
-    # LinkEvents
-
     def on_up(self) -> None:
         """Nothing is to be said first."""
         self.is_up = True
@@ -119,17 +117,11 @@ class _Peer:
             if not answer.done():
                 answer.set_result(message.record)
 
-    def on_malformed(self) -> None:
-        """The link has said so."""
-
     def on_down(self, reason: str) -> None:
         """It will not answer what it was asked."""
         self.is_up = False
         for request_id in list(self._waiting):
             self.on_message(RecordAnswer(request_id, None))
-
-    def on_batch_end(self) -> None:
-        """Nothing waits for it."""
 
 
 class PeerServer:
@@ -144,7 +136,6 @@ class PeerServer:
         self._decode = decoder(AskRecord).decode
         self._socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IPV6, 1 if "[" in address else 0)
         secure_server(self._socket, keys, address)
         try:
             self._socket.bind(address)
@@ -152,28 +143,12 @@ class PeerServer:
             self._socket.close()
             raise ConfigError(f"peer_bind cannot be bound to {address!r}: {error.strerror}") from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self._loop = asyncio.get_running_loop()
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._drain)
-        self._loop.call_soon(self._drain)
+        self._reader = SocketReader(self._socket, self._socket.recv_multipart, self._answer)
 
     def close(self) -> None:
         """Answer no more. Idempotent."""
-        if not self._socket.closed:
-            self._loop.remove_reader(self._fd)
-            self._socket.close()
-
-    def _drain(self) -> None:
-        # Until nothing is left: the descriptor tells of it once.
-        for _ in range(ASKS_A_WAKE):
-            if self._socket.closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._answer(frames)
-        self._loop.call_soon(self._drain)
+        self._reader.close()
+        self._socket.close()
 
     def _answer(self, frames: list[bytes]) -> None:
         try:

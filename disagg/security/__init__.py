@@ -14,12 +14,19 @@ A client makes a new socket for every try, and watches its monitor for `HANDSHAK
 `HANDSHAKE_SUCCEEDED`:
 
     keys = choice_for(ring, address)            # None where the link stays in the clear
-    secure_client(socket, keys)                 # then connect
+    secure_client(socket, keys, address)        # then connect
     keys.on_accepted()                          # on success
     all_refused = keys.on_refused()             # on failure: close the socket, try the next on another
 """
 
-from disagg.security.addresses import host_of, is_loopback, is_own_call, is_wildcard
+from disagg.security.addresses import (
+    host_of,
+    host_port,
+    is_loopback,
+    is_own_call,
+    is_wildcard,
+    listen,
+)
 from disagg.security.api_keys import ApiKeys
 from disagg.security.curve import HANDSHAKE_FAILED, admission, choice_for, secure_client, secure_server
 from disagg.security.keys import KeyChoice, KeyPair, KeyRing
@@ -34,9 +41,11 @@ __all__ = [
     "admission",
     "choice_for",
     "host_of",
+    "host_port",
     "is_loopback",
     "is_own_call",
     "is_wildcard",
+    "listen",
     "secure_client",
     "secure_server",
     "tls_context",

@@ -1,6 +1,7 @@
-"""Which addresses stay on this machine. What leaves it needs keys."""
+"""Which addresses stay on this machine (what leaves it needs keys), and both families of IP in one place."""
 
 import ipaddress
+import socket
 from collections.abc import Mapping
 
 
@@ -8,6 +9,31 @@ def host_of(address: str) -> str | None:
     """Return the host of `tcp://HOST:PORT`, without brackets; None for any other kind of address."""
     scheme, _, rest = address.partition("://")
     return rest.rpartition(":")[0].removeprefix("[").removesuffix("]") if scheme == "tcp" else None
+
+
+def host_port(host: str, port: int | str) -> str:
+    """Return HOST:PORT as addresses and URLs have it: an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def may_be_ipv6(address: str) -> bool:
+    """Whether a ZeroMQ socket needs IPv6 for an address: not for an IPv4 one, nor `localhost`, 127.0.0.1."""
+    host = host_of(address)
+    return host not in (None, "localhost") and not isinstance(_parse(host or ""), ipaddress.IPv4Address)
+
+
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """Open a TCP listener. `*` and `::` take IPv4 too, and `*` it alone where the system has no IPv6.
+
+    Raises:
+        OSError: The address cannot be had; `socket.gaierror` where the host is none.
+    """
+    if host == "*":
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - what was asked for
+    families = {found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    both = family == socket.AF_INET6 and is_wildcard(host)
+    return socket.create_server((host, port), family=family, backlog=backlog, dualstack_ipv6=both)
 
 
 def is_loopback(host: str) -> bool:

@@ -8,7 +8,7 @@ lets nobody in.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from disagg.errors import ConfigError
-from disagg.security.addresses import host_of, is_loopback
+from disagg.security.addresses import host_of, is_loopback, may_be_ipv6
 from disagg.security.keys import KeyChoice, KeyRing
 from disagg.telemetry import fields
 
@@ -41,6 +41,7 @@ DOMAIN = "disagg"
 
 def secure_server(socket: "zmq.Socket[bytes]", ring: KeyRing | None, address: str) -> None:
     """Let in only clients with a key of the ring, if `address` is tcp. Before the bind."""
+    socket.setsockopt(zmq.IPV6, may_be_ipv6(address))
     if ring is None or host_of(address) is None:
         return
     _watch(socket)
@@ -65,8 +66,9 @@ def choice_for(ring: KeyRing | None, address: str) -> KeyChoice | None:
     return KeyChoice(ring) if ring is not None else None
 
 
-def secure_client(socket: "zmq.Socket[bytes]", keys: KeyChoice | None) -> None:
+def secure_client(socket: "zmq.Socket[bytes]", keys: KeyChoice | None, address: str) -> None:
     """Give the socket the key to try next. Before the connect."""
+    socket.setsockopt(zmq.IPV6, may_be_ipv6(address))
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     if keys is not None:
         _watch(socket)
@@ -82,18 +84,35 @@ def _watch(socket: "zmq.Socket[bytes]") -> None:
 
 
 @contextmanager
-def admission(context: "zmq.Context[Any]", ring: KeyRing | None) -> Iterator[None]:
-    """Answer for all servers of a context whether a client may connect; one thread, idle in between."""
+def admission(context: "zmq.Context[Any]", ring: KeyRing | None) -> Iterator[Callable[[], bool]]:
+    """Answer for all servers of a context whether a client may connect; one thread, idle in between.
+
+    Yields:
+        What tells, from any thread, whether it still does; the first time that it does not, the log says so.
+        Nobody new gets in then, and only another process would let them.
+    """
     if ring is None:
-        yield
+        yield lambda: True
         return
     authenticator = ThreadAuthenticator(context)
+    told: list[str] = []
+
+    def is_alive() -> bool:
+        if not authenticator.is_alive() and not told:
+            told.append("the ZAP thread has ended: nobody can connect to this process any more, restart it")
+            log.error(told[0])
+        return not told
+
     try:
         authenticator.start()
         authenticator.configure_curve_callback(DOMAIN, _Doorkeeper(ring))
-        yield
+        yield is_alive
     finally:
         # Also after a start that failed: to end the context would wait for its sockets for ever.
+        if authenticator.pipe is not None and not authenticator.is_alive():
+            # Its own stop() would wait for ever to tell a thread that is no more.
+            authenticator.pipe.close()
+            authenticator.pipe = None  # type: ignore[assignment]
         authenticator.stop()
 
 

@@ -1,7 +1,8 @@
 """Processes of one system on this machine: start, watch, restart, stop.
 
-May import `config`, `errors` and `checkpoint`; never torch. Read `supervisor.py` first. `serve.py`, the
-view from the terminal, is imported by its command alone: every process of ours imports this package.
+May import `config`, `errors`, `checkpoint` and `security`; never torch. Read `supervisor.py` first.
+`serve.py`, the view from the terminal, is imported by its command alone: every process of ours imports this
+package.
 """
 
 from disagg.supervisor.parent import die_with_parent

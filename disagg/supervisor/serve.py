@@ -22,6 +22,7 @@ from rich.text import Text
 from disagg.checkpoint import resolve
 from disagg.config import ServeConfig
 from disagg.errors import WorkerLost
+from disagg.security import host_port, is_wildcard
 from disagg.supervisor.child import Child, Event
 from disagg.supervisor.plan import ProcessSpec, plan_processes
 from disagg.supervisor.supervisor import Supervisor
@@ -160,7 +161,7 @@ async def _announce(
 ) -> None:
     """Print the table of workers and the Ready line, once the router can use every worker."""
     await supervisor.wait_ready()
-    base = f"http://{_in_url(config.host)}:{supervisor.ready['router']['port']}"
+    base = f"http://{host_port(_name_of(config.host), supervisor.ready['router']['port'])}"
     workers = await _wait_for_workers(base, config.api_key, num_workers)
     progress.close()
     console.print(_worker_table(workers))
@@ -182,10 +183,9 @@ async def _wait_for_workers(base: str, api_keys: tuple[str, ...], num_workers: i
             await asyncio.sleep(_POLL_S)
 
 
-def _in_url(host: str) -> str:
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - shown, not bound: a name that this machine can open
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
+def _name_of(host: str) -> str:
+    """Return what this machine can open, where every interface is bound."""
+    return "127.0.0.1" if is_wildcard(host) else host
 
 
 def _worker_table(workers: list[dict[str, Any]]) -> Table:

@@ -2,7 +2,7 @@
 
 from disagg.config import WorkerConfig
 from disagg.errors import ConfigError
-from disagg.security import host_of, is_loopback, is_wildcard
+from disagg.security import host_of, host_port, is_loopback, is_wildcard
 
 _FORMS = "tcp://HOST:PORT or ipc://PATH"
 
@@ -33,14 +33,14 @@ def advertised_address(bound: str, advertise_host: str | None) -> str:
     """Return where others reach the control socket that is bound to `bound`."""
     if advertise_host is None or host_of(bound) is None:
         return bound
-    return f"tcp://{_bracketed(advertise_host)}:{bound.rpartition(':')[2]}"
+    return f"tcp://{host_port(advertise_host, bound.rpartition(':')[2])}"
 
 
 def http_url(host: str, port: int, advertise_host: str | None) -> str:
     """Return where others reach the http port that is bound to `host`."""
     if is_wildcard(host):
         host = advertise_host or "127.0.0.1"
-    return f"http://{_bracketed(host)}:{port}"
+    return f"http://{host_port(host, port)}"
 
 
 def _check_form(control: str) -> str | None:
@@ -56,7 +56,3 @@ def _check_form(control: str) -> str | None:
     if not separator or not (port == "*" or (port.isdigit() and int(port) <= 65535)):
         raise ConfigError(f"control must end in a port from 0 to 65535, got {control!r}")
     return host_of(control)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

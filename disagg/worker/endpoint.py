@@ -1,20 +1,16 @@
 """The control socket, to which routers and prefill workers connect.
 
-ZeroMQ shows in this file, in `links.py` and in `security/` alone.
-
-Raw sockets and a reader on ZeroMQ's descriptor, not `zmq.asyncio`: a wake handles everything
-that has arrived, with no future a message. Owned by the loop thread.
+Owned by the loop thread.
 """
 
-import asyncio
 import logging
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 import zmq
 
 from disagg.errors import ConfigError
+from disagg.links import SocketReader
 from disagg.protocol import (
     PROTOCOL_VERSION,
     FromPeer,
@@ -35,9 +31,6 @@ PEER_PREFIX = b"peer:"
 SEND_QUEUE_MESSAGES = 100_000
 """A router this far behind is treated as gone; its leases end by expiry."""
 
-MESSAGES_A_WAKE = 1_000
-"""Others on the loop get a turn after this many messages of one socket."""
-
 
 class ControlEvents(Protocol):
     """What the endpoint tells its owner, on the loop thread."""
@@ -55,48 +48,6 @@ class ControlEvents(Protocol):
         """A message of a prefill worker; `uuid` is the one in its routing identity."""
 
 
-class SocketReader:
-    """Calls `on_readable` whenever a ZeroMQ socket has something to receive.
-
-    The descriptor is edge-triggered and a send may consume its edge, so who sends calls
-    `recheck()` afterwards; without it a message can lie unread until the next one arrives.
-    """
-
-    def __init__(self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[bytes]], None]) -> None:
-        self._socket = socket
-        self._on_frames = on_frames
-        self._loop = asyncio.get_running_loop()
-        self._fd = int(socket.getsockopt(zmq.FD))
-        self._scheduled = False
-        self._loop.add_reader(self._fd, self._drain)
-        self.recheck()
-
-    def recheck(self) -> None:
-        """Drain soon if something is there."""
-        if not self._scheduled and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._scheduled = True
-            self._loop.call_soon(self._drain_scheduled)
-
-    def close(self) -> None:
-        """Stop reading; the socket is the caller's to close."""
-        self._loop.remove_reader(self._fd)
-
-    def _drain_scheduled(self) -> None:
-        self._scheduled = False
-        self._drain()
-
-    def _drain(self) -> None:
-        for _ in range(MESSAGES_A_WAKE):
-            if self._socket.closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_frames(frames)
-        self.recheck()
-
-
 class ControlEndpoint:
     """Receives, checks and routes control messages; remembers which routers are connected."""
 
@@ -111,7 +62,6 @@ class ControlEndpoint:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.IPV6, 1 if "[" in address else 0)
         secure_server(self._socket, keys, address)
         try:
             self._socket.bind(address)
@@ -124,7 +74,7 @@ class ControlEndpoint:
         self._from_router = decoder(ToWorker)
         self._from_peer = decoder(FromPeer)
         self._events: ControlEvents | None = None
-        self._reader: SocketReader | None = None
+        self._reader: SocketReader[list[bytes]] | None = None
         self.num_malformed = 0
         """Messages dropped: undecodable, of no known sender, or before Hello."""
 
@@ -136,7 +86,7 @@ class ControlEndpoint:
     def start(self, events: ControlEvents) -> None:
         """Begin to receive. What arrived since `__init__` comes first."""
         self._events = events
-        self._reader = SocketReader(self._socket, self._on_frames)
+        self._reader = SocketReader(self._socket, self._socket.recv_multipart, self._on_frames)
 
     def send(self, router_id: str, message: FromWorker) -> None:
         """Send to one router; nothing happens where it is not connected."""

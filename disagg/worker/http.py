@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import uvicorn
@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from disagg.errors import ConfigError
 from disagg.protocol import WorkerState
-from disagg.security import is_own_call
+from disagg.security import is_own_call, listen
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -33,8 +33,8 @@ class WorkerView(Protocol):
         """Begin to drain and wait for its end; leases left when the deadline passed, else 0."""
 
 
-def make_app(worker: WorkerView) -> Starlette:
-    """Build the routes over `worker`."""
+def make_app(worker: WorkerView, is_alive: Callable[[], bool] = lambda: True) -> Starlette:
+    """Build the routes over `worker`; where `is_alive` is false only another process could serve."""
 
     async def health(request: Request) -> Response:
         del request
@@ -43,7 +43,8 @@ def make_app(worker: WorkerView) -> Starlette:
 
     async def live(request: Request) -> Response:
         del request
-        return JSONResponse({"live": True})
+        alive = is_alive()
+        return JSONResponse({"live": alive}, 200 if alive else 503)
 
     async def metrics(request: Request) -> Response:
         del request
@@ -67,16 +68,10 @@ def make_app(worker: WorkerView) -> Starlette:
 def bind_http(host: str, port: int) -> socket.socket:
     """Listen on `host:port`; raises `ConfigError` where that is not possible."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-    except OSError as error:
+        listener = listen(host, port, 128)
+    except socket.gaierror as error:
         raise ConfigError(f"http_host {host!r} cannot be used: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
     except OSError as error:
-        listener.close()
         raise ConfigError(f"http_port {port} of {host!r} cannot be bound: {error.strerror}") from error
     listener.setblocking(False)
     return listener
@@ -90,6 +85,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 lifespan="off",
+                http="h11",  # the other parser keeps a header that never ends, for anybody who sends one
                 log_config=None,
                 access_log=False,
                 date_header=False,  # uvicorn renews it in the loop that we do without

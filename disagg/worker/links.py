@@ -5,24 +5,22 @@ one was told does not hold for it. A link whose handshake fails tries the other 
 lost. Owned by the loop thread.
 """
 
-import contextlib
 import logging
 from typing import Protocol
 
-import msgspec
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from disagg.errors import ConfigError
-from disagg.protocol import FromPeer, decoder, encode
-from disagg.security import HANDSHAKE_FAILED, KeyChoice, KeyRing, choice_for, secure_client
+from disagg.links import DealerLink, LinkEvents, LinkKind
+from disagg.protocol import FromPeer
+from disagg.security import KeyRing
 from disagg.telemetry import fields
-from disagg.worker.endpoint import PEER_PREFIX, SocketReader
+from disagg.worker.endpoint import PEER_PREFIX
 
 log = logging.getLogger(__name__)
 
 
-class LinkEvents(Protocol):
+class PeerEvents(Protocol):
     """What links tell their owner, on the loop thread."""
 
     def on_link(self, uuid: str, message: FromPeer) -> None:
@@ -39,23 +37,28 @@ class PeerLinks:
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
         own_uuid: str,
-        events: LinkEvents,
+        events: PeerEvents,
         keys: KeyRing | None = None,
     ) -> None:
         self._context = context
         self._keys = keys
-        self._identity = PEER_PREFIX + own_uuid.encode()
         self._events = events
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, _PeerLink] = {}
+        identity = PEER_PREFIX + own_uuid.encode()
+        self._kind = LinkKind(
+            FromPeer,
+            "peer message dropped",
+            prepare=lambda socket: socket.setsockopt(zmq.IDENTITY, identity),
+            is_once=True,
+        )
 
     def open(self, uuid: str, address: str, hello: FromPeer) -> None:
         """Connect and send `hello` as soon as the other side is there; nothing where a link exists."""
         if uuid in self._links:
             return
         try:
-            keys = choice_for(self._keys, address)
-            link = _Link(self._context, self._identity, uuid, address, self._events, keys)
-        except (ConfigError, zmq.ZMQError) as error:
+            link = _PeerLink(self._context, self._kind, uuid, address, self._events, self._keys)
+        except ConfigError as error:
             log.warning("peer address refused %s", fields(uuid=uuid, address=address, error=error))
             self._events.on_link_lost(uuid)
             return
@@ -80,103 +83,44 @@ class PeerLinks:
             self.close(uuid)
 
 
-class _Link:
-    """One DEALER socket a try, and the monitor that tells what becomes of its connection."""
+class _PeerLink(LinkEvents[FromPeer]):
+    """One process, and what it is to be told once the connection stands."""
 
     def __init__(
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        identity: bytes,
+        kind: LinkKind,
         uuid: str,
         address: str,
-        events: LinkEvents,
-        keys: KeyChoice | None,
+        events: PeerEvents,
+        keys: KeyRing | None,
     ) -> None:
-        self._context = context
-        self._identity = identity
         self._uuid = uuid
         self._address = address
         self._events = events
-        self._keys = keys
-        self._decoder = decoder(FromPeer)
-        self._unsent: list[bytes] = []
-        """What was sent before the connection stood; a socket thrown away would take it along."""
-        self._is_up = False
-        self._is_lost = False
-        self._connect()
+        self._unsent: list[FromPeer] | None = []
+        self._link: DealerLink[FromPeer] = DealerLink(context, address, self, keys, kind)
 
     def send(self, message: FromPeer) -> None:
-        if self._is_up:
-            self._send(encode(message))
-        elif not self._is_lost:
-            self._unsent.append(encode(message))
+        if self._unsent is None:
+            self._link.send(message)
+        else:
+            self._unsent.append(message)
 
     def close(self) -> None:
-        self._reader.close()
-        self._monitor_reader.close()
-        self._close_sockets()
+        self._link.close()
 
-    def _connect(self) -> None:
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.setsockopt(zmq.IDENTITY, self._identity)
-        self._socket.setsockopt(zmq.IPV6, 1 if "[" in self._address else 0)
-        secure_client(self._socket, self._keys)
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
-            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | HANDSHAKE_FAILED
-        )
-        try:
-            self._socket.connect(self._address)
-        except zmq.ZMQError:
-            self._close_sockets()
-            raise
-        self._reader = SocketReader(self._socket, self._on_frames)
-        self._monitor_reader = SocketReader(self._monitor, self._on_monitor)
+    def on_up(self) -> None:
+        """Say what has waited."""
+        unsent, self._unsent = self._unsent or (), None
+        for message in unsent:
+            self._link.send(message)
 
-    def _close_sockets(self) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close()
-
-    def _send(self, payload: bytes) -> None:
-        with contextlib.suppress(zmq.Again):
-            self._socket.send(payload, zmq.NOBLOCK)
-        self._reader.recheck()
-
-    def _on_frames(self, frames: list[bytes]) -> None:
-        try:
-            (payload,) = frames
-            message = self._decoder.decode(payload)
-        except (ValueError, msgspec.DecodeError) as error:
-            log.warning("peer message dropped %s", fields(uuid=self._uuid, error=error))
-            return
+    def on_message(self, message: FromPeer) -> None:
+        """One message."""
         self._events.on_link(self._uuid, message)
 
-    def _on_monitor(self, frames: list[bytes]) -> None:
-        event = parse_monitor_message(frames)["event"]
-        if self._is_lost:
-            return
-        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-            self._on_up()
-        elif event == zmq.Event.DISCONNECTED:
-            self._lose("its connection broke")
-        elif self._keys is None:
-            self._lose("its handshake failed, tried without a transport key")
-        elif self._keys.on_refused():
-            self._lose("its handshake failed, tried with every transport key")
-        else:
-            self.close()
-            self._connect()
-
-    def _on_up(self) -> None:
-        self._is_up = True
-        if self._keys is not None:
-            self._keys.on_accepted()
-        unsent, self._unsent = self._unsent, []
-        for payload in unsent:
-            self._send(payload)
-
-    def _lose(self, reason: str) -> None:
-        self._is_up, self._is_lost = False, True
+    def on_down(self, reason: str) -> None:
+        """It is over."""
         log.warning("link to peer lost %s", fields(uuid=self._uuid, address=self._address, reason=reason))
         self._events.on_link_lost(self._uuid)

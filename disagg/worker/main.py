@@ -35,7 +35,7 @@ from disagg.protocol import (
     Welcome,
     WorkerState,
 )
-from disagg.security import KeyRing, admission
+from disagg.security import KeyRing, admission, host_port
 from disagg.telemetry import Stages, fields, set_up_logging
 from disagg.transfer import Event, prepare_environment
 from disagg.worker.addresses import advertised_address, check_addresses, http_url, is_local
@@ -134,7 +134,7 @@ class _Worker:
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             # Waits until what was sent has left, as long as the sockets linger.
             stack.callback(context.term)
-            stack.enter_context(admission(context, self._keys))
+            self._is_alive = stack.enter_context(admission(context, self._keys))
             # Bound before the model loads, so that a taken address is told at once; whoever connects
             # is heard as soon as there is something to answer.
             self._endpoint = ControlEndpoint(context, self._config.control, self._keys)
@@ -156,7 +156,7 @@ class _Worker:
         nodes = self._config.nodes
         if nodes.num_nodes == 1:
             return None
-        address = f"tcp://{self._config.advertise_host or LOOPBACK}:{nodes.node_port}"
+        address = f"tcp://{host_port(self._config.advertise_host or LOOPBACK, nodes.node_port)}"
         return NodeLinks(
             bind_nodes(context, self._keys, address),
             self._config,
@@ -175,7 +175,7 @@ class _Worker:
             load=lambda: self._load,
             malformed=lambda: self._endpoint.num_malformed,
         )
-        http = HttpServer(make_app(self))
+        http = HttpServer(make_app(self, self._is_alive))
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(http.serve(sockets=[listener]), name="http")

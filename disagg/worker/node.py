@@ -13,28 +13,24 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable
-from contextlib import suppress
-from queue import SimpleQueue
+from contextlib import ExitStack, suppress
 from typing import Any
 
-import msgspec
 import zmq
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from zmq.utils.monitor import recv_monitor_message
 
 from disagg.config import WorkerConfig
 from disagg.errors import ConfigError, DisaggError, WorkerLost
+from disagg.links import DISCONNECTED, DealerLink, LinkEvents, LinkKind
 from disagg.protocol import PROTOCOL_VERSION, WorkerState
-from disagg.security import HANDSHAKE_FAILED, KeyChoice, KeyRing, choice_for, secure_client
+from disagg.security import KeyRing, choice_for, host_port
 from disagg.telemetry import fields, set_up_logging
 from disagg.transfer import prepare_environment
 from disagg.worker.addresses import http_url, is_local
 from disagg.worker.http import HttpServer, bind_http, make_app
+from disagg.worker.loop_thread import LoopThread
 from disagg.worker.nodes import (
-    BEAT_MS,
-    TO_NODE,
     FromNode,
     NodeDrain,
     NodeHello,
@@ -46,6 +42,7 @@ from disagg.worker.nodes import (
     RankBytes,
     RankClosed,
     RankEnded,
+    ToNode,
     set_heartbeat,
 )
 from disagg.worker.ranks import LOOPBACK, spawn_rank
@@ -56,6 +53,9 @@ Ready = Callable[[dict[str, Any]], None]
 RANK_END_S = 5.0
 DRAIN_MARGIN_S = 10.0
 """Beyond what the leader may take to drain."""
+TO_LEADER = LinkKind(
+    ToNode, "message of the leader dropped", "the leader refused the handshake", prepare=set_heartbeat
+)
 
 
 def run_node(config: WorkerConfig, keys: KeyRing | None, *, ready: Ready) -> int:
@@ -75,18 +75,19 @@ def run_node(config: WorkerConfig, keys: KeyRing | None, *, ready: Ready) -> int
             f"node_rank must be below num_nodes = {config.nodes.num_nodes}, got {config.nodes.node_rank}"
         )
     prepare_environment(loopback_only=is_local(config))
-    choice = choice_for(keys, _address(config))
-    return asyncio.run(_Agent(config, choice, ready).run())
+    choice_for(keys, _address(config))
+    return asyncio.run(_Agent(config, keys, ready).run())
 
 
 def _address(config: WorkerConfig) -> str:
-    return f"tcp://{config.nodes.leader_address}:{config.nodes.node_port}"
+    assert config.nodes.leader_address is not None, "checked"
+    return f"tcp://{host_port(config.nodes.leader_address, config.nodes.node_port)}"
 
 
 class _Agent:
     """The main thread's side."""
 
-    def __init__(self, config: WorkerConfig, keys: KeyChoice | None, ready: Ready) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyRing | None, ready: Ready) -> None:
         self._config = config
         self._keys = keys
         self._ready = ready
@@ -192,127 +193,89 @@ class _Agent:
         )
 
 
-class _LeaderLink:
-    """The link thread. It owns the sockets and the far ends."""
+class _LeaderLink(LinkEvents[ToNode]):
+    """The link thread. It owns the link and the far ends."""
 
-    def __init__(self, config: WorkerConfig, keys: KeyChoice | None, agent: _Agent) -> None:
+    def __init__(self, config: WorkerConfig, keys: KeyRing | None, agent: _Agent) -> None:
         self._config = config
         self._keys = keys
         self._agent = agent
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._wake, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="leader-link", daemon=True)
+        self._thread = LoopThread("leader-link", self._on_thread_end)
+        self._open_parts = ExitStack()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._has_joined = False
-        self._was_refused = False
-        self._is_open = True
 
     def start(self) -> None:
         """Begin to connect, for as long as it takes."""
+        self._thread.call(self._open)
         self._thread.start()
 
     def post(self, message: FromNode) -> None:
         """Send; from any thread."""
-        self._do(lambda: self._send(message))
+        self._thread.call(self._send, message)
 
     def add(self, rank: int, process: "subprocess.Popen[bytes]", end: socket.socket) -> None:
         """Carry a rank's stream from now on; from any thread."""
-
-        def add() -> None:
-            self._processes[rank] = process
-            self._pipes.open(rank, end)
-
-        self._do(add)
+        self._thread.call(self._add, rank, process, end)
 
     def close(self) -> None:
         """End the thread and the link."""
-
-        def close() -> None:
-            self._is_open = False
-
-        self._do(close)
-        self._thread.join()
+        self._thread.stop()
         self._context.term()
-        self._wake.close()
-        self._woken.close()
 
-    def _do(self, action: Callable[[], None]) -> None:
-        self._inbox.put(action)
-        self._wake.send(b"x")
+    # --- the thread -------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        self._poller = zmq.Poller()
-        self._pipes = Pipes(self._poller)
-        self._poller.register(self._woken.fileno(), zmq.POLLIN)
-        self._connect()
-        try:
-            while self._is_open:
-                ready = dict(self._poller.poll())
-                if self._woken.fileno() in ready:
-                    self._woken.recv(1)
-                    self._inbox.get()()
-                if self._socket in ready:
-                    self._receive()
-                if self._monitor in ready:
-                    self._on_monitor()
-                for rank, data in self._pipes.read(ready):
-                    if data:
-                        self._send(RankBytes(rank, data))
-                    else:
-                        self._on_ended(rank)
-        except Exception as error:
-            # The edge of this thread: without it the ranks would wait for a leader that is not heard.
+    def _open(self) -> None:
+        self._pipes = Pipes(self._on_bytes)
+        self._open_parts.callback(self._pipes.close_all)
+        address = _address(self._config)
+        self._link: DealerLink[ToNode] = DealerLink(self._context, address, self, self._keys, TO_LEADER)
+        self._open_parts.callback(self._link.close)
+
+    def _on_thread_end(self, error: Exception | None) -> None:
+        if error is not None:
+            # Without it the ranks would wait for a leader that is not heard.
             self._end(WorkerLost(f"the link to the leader broke: {error}"))
-        finally:
-            self._pipes.close_all()
-            self._disconnect()
+        self._open_parts.close()
 
-    def _connect(self) -> None:
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        set_heartbeat(self._socket)
-        secure_client(self._socket, self._keys)
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
-            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | HANDSHAKE_FAILED
-        )
-        self._socket.connect(_address(self._config))
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
+    def _add(self, rank: int, process: "subprocess.Popen[bytes]", end: socket.socket) -> None:
+        self._processes[rank] = process
+        self._pipes.open(rank, end)
 
-    def _disconnect(self) -> None:
-        self._poller.unregister(self._socket)
-        self._poller.unregister(self._monitor)
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close()
+    def _on_bytes(self, rank: int, data: bytes) -> None:
+        if data:
+            self._send(RankBytes(rank, data))
+        else:
+            self._on_ended(rank)
 
-    def _on_monitor(self) -> None:
-        event = recv_monitor_message(self._monitor)["event"]
-        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-            if self._keys is not None:
-                self._keys.on_accepted()
-            nodes = self._config.nodes
-            host = self._config.advertise_host or LOOPBACK
-            self._send(NodeHello(PROTOCOL_VERSION, nodes.node_rank, nodes.num_nodes, host))
-        elif self._has_joined:
-            self._end(WorkerLost("the leader is gone"))
-        elif event & HANDSHAKE_FAILED:
-            self._disconnect()
-            if self._keys is None or self._keys.on_refused():
-                if not self._was_refused:
-                    tried = "with every transport key" if self._keys else "without a transport key"
-                    log.error(
-                        "the leader refused the handshake %s",
-                        fields(address=_address(self._config), tried=tried),
-                    )
-                self._was_refused = True
-                self._poller.poll(BEAT_MS)  # before the next round, unless there is something to do
-            self._connect()
+    def _on_ended(self, rank: int) -> None:
+        process = self._processes.pop(rank, None)
+        if process is None:
+            return
+        try:
+            status = process.wait(RANK_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        self._send(RankEnded(rank, status))
 
-    def _receive(self) -> None:
-        message = TO_NODE.decode(self._socket.recv())
+    def _send(self, message: FromNode) -> None:
+        self._link.send(message)  # where it cannot be sent, `on_down` ends the worker
+
+    def _end(self, error: DisaggError | None) -> None:
+        self._agent.call(self._agent.on_end, error)
+
+    # LinkEvents
+
+    def on_up(self) -> None:
+        """Ask to join."""
+        nodes = self._config.nodes
+        host = self._config.advertise_host or LOOPBACK
+        self._send(NodeHello(PROTOCOL_VERSION, nodes.node_rank, nodes.num_nodes, host))
+
+    def on_message(self, message: ToNode) -> None:
+        """Do what the leader says."""
         match message:
             case NodeRefused(reason):
                 self._end(ConfigError(f"the leader refuses this node: {reason}"))
@@ -329,23 +292,13 @@ class _LeaderLink:
                 if not self._processes:
                     self._end(None)
 
-    def _on_ended(self, rank: int) -> None:
-        process = self._processes.pop(rank, None)
-        if process is None:
-            return
-        try:
-            status = process.wait(RANK_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
-        self._send(RankEnded(rank, status))
+    def on_malformed(self) -> None:
+        """Nothing of a rank's stream may be missing."""
+        self._end(WorkerLost("the link to the leader broke: a message is none"))
 
-    def _send(self, message: FromNode) -> None:
-        try:
-            self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            # Nothing of a rank's stream may be missing.
-            self._end(WorkerLost("the leader does not read"))
-
-    def _end(self, error: DisaggError | None) -> None:
-        self._agent.call(self._agent.on_end, error)
+    def on_down(self, reason: str) -> None:
+        """Try again until it has joined; a worker that lost a node does not take it back."""
+        if self._has_joined:
+            self._link.close()
+            gone = reason == DISCONNECTED
+            self._end(WorkerLost("the leader is gone" if gone else f"the leader {reason}"))

@@ -8,13 +8,13 @@ elsewhere, a thread on each side carries the bytes between the pair's far end an
 which is encrypted and authenticated with the release's key. ZeroMQ finds a dead node by its heartbeats.
 """
 
+import asyncio
 import contextlib
 import logging
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -22,9 +22,11 @@ from msgspec import Struct
 
 from disagg.config import WorkerConfig
 from disagg.errors import ConfigError
-from disagg.protocol import PROTOCOL_VERSION, WorkerState
+from disagg.links import SocketReader
+from disagg.protocol import PROTOCOL_VERSION, WorkerState, decoder, encode
 from disagg.security import KeyRing, secure_server
 from disagg.telemetry import fields
+from disagg.worker.loop_thread import LoopThread
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +99,7 @@ class RankEnded(Struct, frozen=True, array_like=True, tag="ended"):
 FromNode = NodeHello | NodeStarted | RankBytes | RankEnded | NodeDrain
 ToNode = NodeRefused | NodeStart | NodeState | RankBytes | RankClosed
 
-_FROM_NODE = msgspec.msgpack.Decoder(FromNode)
-TO_NODE = msgspec.msgpack.Decoder(ToNode)
-_encode = msgspec.msgpack.encode
+_FROM_NODE = decoder(FromNode)
 
 
 def set_heartbeat(end: "zmq.Socket[bytes]") -> None:
@@ -115,8 +115,8 @@ def bind_nodes(
     bound: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     # A send to a node that has gone fails: that is how we learn of it.
     bound.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    set_heartbeat(bound)
     secure_server(bound, keys, address)
+    set_heartbeat(bound)  # last: keys bring slower ones
     try:
         bound.bind(address)
     except zmq.ZMQError as error:
@@ -140,31 +140,18 @@ def ranks_of(node_rank: int, num_nodes: int, size: int) -> range:
 
 
 class Pipes:
-    """The far ends of the socket pairs by rank, and what may be polled of them. One thread."""
+    """The far ends of the socket pairs by rank. Owned by the loop that runs when they are made."""
 
-    def __init__(self, poller: zmq.Poller) -> None:
-        self._poller = poller
+    def __init__(self, on_bytes: Callable[[int, bytes], None]) -> None:
+        """`on_bytes` is told a rank and what it says; empty bytes where the near end was closed."""
+        self._on_bytes = on_bytes
+        self._loop = asyncio.get_running_loop()
         self._ends: dict[int, socket.socket] = {}
-        self._rank_of: dict[int, int] = {}
 
     def open(self, rank: int, end: socket.socket) -> None:
         """Begin to carry a rank's stream."""
+        self._loop.add_reader(end, self._read, rank)
         self._ends[rank] = end
-        self._rank_of[end.fileno()] = rank
-        self._poller.register(end.fileno(), zmq.POLLIN)
-
-    def read(self, ready: Iterable[object]) -> Iterable[tuple[int, bytes]]:
-        """Yield what can be read; empty bytes where the near end was closed."""
-        for fd in list(ready):
-            rank = self._rank_of.get(fd) if isinstance(fd, int) else None
-            if rank is not None:
-                try:
-                    data = self._ends[rank].recv(PIECE_BYTES)
-                except OSError:
-                    data = b""
-                if not data:
-                    self.close(rank)
-                yield rank, data
 
     def write(self, rank: int, data: bytes) -> None:
         """Pass on a piece; nothing happens where the near end is closed."""
@@ -177,14 +164,22 @@ class Pipes:
         """End a rank's stream. Idempotent."""
         end = self._ends.pop(rank, None)
         if end is not None:
-            self._poller.unregister(end.fileno())
-            del self._rank_of[end.fileno()]
+            self._loop.remove_reader(end)
             end.close()
 
     def close_all(self) -> None:
         """End every stream. Idempotent."""
         for rank in list(self._ends):
             self.close(rank)
+
+    def _read(self, rank: int) -> None:
+        try:
+            data = self._ends[rank].recv(PIECE_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self.close(rank)
+        self._on_bytes(rank, data)
 
 
 class DistantProcess:
@@ -241,11 +236,6 @@ class NodeLinks:
         self._config = config
         self._state = state
         self._on_drain = on_drain
-        self._poller = zmq.Poller()
-        self._poller.register(socket_, zmq.POLLIN)
-        self._pipes = Pipes(self._poller)
-        self._wake, self._woken = socket.socketpair()
-        self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._ends: dict[int, socket.socket] = {}
         self._processes: dict[int, DistantProcess] = {}
         self._hosts: dict[int, str] = {}
@@ -253,9 +243,8 @@ class NodeLinks:
         """Identities of the nodes that have joined, by node rank."""
         self._lost: set[int] = set()
         self._num_beats = 0
-        self._beat_at = time.monotonic() + BEAT_MS / 1000
         self._all_joined = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nodes", daemon=True)
+        self._thread = LoopThread("nodes", self._on_end)
 
     def add(self, rank: int) -> tuple[DistantProcess, socket.socket]:
         """Expect a rank on its node, before `start`; its process and our end of the link to it."""
@@ -266,6 +255,7 @@ class NodeLinks:
 
     def start(self) -> None:
         """Let nodes join."""
+        self._thread.call(self._open)
         self._thread.start()
 
     def wait_joined(self) -> dict[int, str]:
@@ -276,34 +266,30 @@ class NodeLinks:
     def close(self) -> None:
         """End the thread and the link: nodes that still run end. Idempotent."""
         self._all_joined.set()
-        if self._thread.ident is not None and self._thread.is_alive():
-            self._wake.send(b"x")
-            self._thread.join()
-        self._wake.close()
-        self._woken.close()
+        self._thread.stop()
         self._socket.close(linger=200)
 
     # --- the thread ---------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while True:
-                ready = dict(self._poller.poll(BEAT_MS))
-                if self._woken.fileno() in ready:
-                    return
-                if time.monotonic() >= self._beat_at:
-                    self._beat()
-                if self._socket in ready:
-                    self._receive()
-                for rank, data in self._pipes.read(ready):
-                    self._send(self._node_of(rank), RankBytes(rank, data) if data else RankClosed(rank))
-        finally:
-            self._pipes.close_all()
-            for rank in self._processes:
-                self._end_rank(rank, LOST_STATUS)
+    def _open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pipes = Pipes(self._on_bytes)
+        self._reader = SocketReader(self._socket, self._socket.recv_multipart, self._on_frames)
+        self._loop.call_later(BEAT_MS / 1000, self._beat)
+
+    def _on_end(self, error: Exception | None) -> None:
+        if error is not None:
+            log.error("links to nodes broke %s", fields(error=error), exc_info=error)
+        self._reader.close()
+        self._pipes.close_all()
+        for rank in self._processes:
+            self._end_rank(rank, LOST_STATUS)
+
+    def _on_bytes(self, rank: int, data: bytes) -> None:
+        self._send(self._node_of(rank), RankBytes(rank, data) if data else RankClosed(rank))
 
     def _beat(self) -> None:
-        self._beat_at = time.monotonic() + BEAT_MS / 1000
+        self._loop.call_later(BEAT_MS / 1000, self._beat)
         for node in list(self._nodes):
             self._send(node, NodeState(self._state()))
         self._num_beats += 1
@@ -311,11 +297,11 @@ class NodeLinks:
         if missing and self._num_beats % STILL_WAITING_BEATS == 1:
             log.info("waiting for nodes %s", fields(missing=missing, of=self._config.nodes.num_nodes))
 
-    def _receive(self) -> None:
-        identity, payload = self._socket.recv_multipart()
+    def _on_frames(self, frames: list[bytes]) -> None:
         try:
+            identity, payload = frames
             message = _FROM_NODE.decode(payload)
-        except msgspec.DecodeError as error:
+        except (ValueError, msgspec.DecodeError) as error:
             log.warning("message of a node dropped %s", fields(error=error))
             return
         if isinstance(message, NodeHello):
@@ -382,11 +368,12 @@ class NodeLinks:
     def _deliver(self, identity: bytes, message: ToNode) -> bool:
         """Send; False where nobody is there any more, or does not read."""
         try:
-            self._socket.send_multipart((identity, _encode(message)), zmq.NOBLOCK)
+            self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             return False
+        self._reader.recheck()
         return True
 
     def _end_rank(self, rank: int, status: int) -> None:

@@ -17,8 +17,9 @@ import zmq
 import zmq.auth.thread
 from zmq.utils.monitor import recv_monitor_message
 
+from disagg.links import DealerLink
 from disagg.protocol import PROTOCOL_VERSION, FromWorker, Hello, Load, PeerFence, encode
-from disagg.router.links import ZmqConnector, ZmqLink
+from disagg.router.links import ZmqConnector
 from disagg.security import HANDSHAKE_FAILED, KeyPair, KeyRing, admission, secure_server
 from disagg.worker.endpoint import ControlEndpoint
 from disagg.worker.links import PeerLinks
@@ -40,7 +41,7 @@ class Bench:
         self.ring = KeyRing(self.server_keys.path, self.clock)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(self.context.destroy, linger=0)
-        stack.enter_context(admission(self.context, self.ring))
+        self.is_alive = stack.enter_context(admission(self.context, self.ring))
         self.heard = Recorder()
         self.endpoint = self.bind("tcp://127.0.0.1:0")
         stack.callback(lambda: self.endpoint.close())
@@ -91,7 +92,7 @@ class RouterSide:
     """What a router's link tells it; answers the connection with a Hello."""
 
     def __init__(self) -> None:
-        self.link: ZmqLink | None = None
+        self.link: DealerLink[FromWorker] | None = None
         self.ups = 0
         self.downs: list[str] = []
         self.messages: list[FromWorker] = []
@@ -228,6 +229,24 @@ def test_a_server_without_its_zap_thread_lets_nobody_in(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_zap_thread_that_breaks_fails_liveness_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To whoever connects it looks like a wrong key; and the process must still end, this test too."""
+
+    async def test(bench: Bench) -> None:
+        assert bench.is_alive()
+        monkeypatch.setattr(bench.ring, "accepts", lambda public: 1 // 0)
+        with ExitStack() as stack:
+            open_link(stack, bench.address, bench.keys("router", current="a"))
+            await until(lambda: not bench.is_alive())
+        assert not bench.is_alive()
+        assert len([message for message in caplog.messages if "the ZAP thread has ended" in message]) == 1
+
+    run(tmp_path, test)
+
+
 CLIENT_FOLDERS = [
     {"current": "a"},
     {"current": "a", "next": "b"},
@@ -285,7 +304,7 @@ def test_a_router_reaches_the_restarted_server_with_the_new_key(tmp_path: Path) 
 def test_a_refused_router_says_so_once_and_gets_in_when_its_keys_are_right(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("disagg.router.links.REFUSED_RETRY_S", 0.01)
+    monkeypatch.setattr("disagg.links.dealer.REFUSED_RETRY_S", 0.01)
 
     async def test(bench: Bench) -> None:
         with ExitStack() as stack:
@@ -306,14 +325,14 @@ def test_a_refused_router_says_so_once_and_gets_in_when_its_keys_are_right(
 
 def count_rounds(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     rounds: list[None] = []
-    connect = ZmqLink._connect
+    connect = DealerLink._connect
 
-    def counting(link: ZmqLink, after_s: float = 0.0) -> None:
+    def counting(link: DealerLink, after_s: float = 0.0) -> None:
         if after_s:
             rounds.append(None)
         connect(link, after_s)
 
-    monkeypatch.setattr(ZmqLink, "_connect", counting)
+    monkeypatch.setattr(DealerLink, "_connect", counting)
     return rounds
 
 

@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from disagg.frontend import App, TextModel, create_app, exchange, server
+from disagg.security import listen
 from support.checkpoints import write_tokenizer
 from support.generator import FakeGenerator, FakeTicket
 from support.http_server import RunningServer, serving
+from support.sockets import needs_ipv6
 
 MAX_BODY_BYTES = 1_000_000
 
@@ -305,6 +307,23 @@ def test_a_retiring_server_answers_and_then_lets_go_of_its_clients(
     assert answer_bytes.endswith(b"}")
 
 
+def test_dismissed_clients_lose_no_answer_and_keep_no_connection(
+    running: RunningServer, connection: socket.socket
+) -> None:
+    """A stream that began before /drain promised to keep its connection; what comes next there is refused."""
+    connection.sendall(post(completion(stream=True)))
+    ticket = running.ticket()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as idle:
+        idle.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        read_until(idle, b"}")
+        running.call(running.server.dismiss)
+        assert read_all(idle) == b""
+    finish(running, ticket)
+    answer = read_all(connection)
+    assert b"200 OK" in answer
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 def test_an_aborted_server_ends_at_once(folder: Path) -> None:
     def make_app(generator: FakeGenerator) -> App:
         return create_app(generator, TextModel.from_folder(folder), "m")
@@ -336,3 +355,15 @@ def test_a_thousand_requests_leave_nothing(running: RunningServer) -> None:
     wait_for(lambda: not running.call(lambda: len(connections)))
     assert running.call(lambda: len(running.server._server.server_state.tasks)) == 0
     assert all(ticket.left.is_set() and not ticket.aborted for ticket in running.generator.tickets)
+
+
+@needs_ipv6
+def test_every_interface_is_of_ipv4_alone_where_the_system_has_no_ipv6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nodes may boot with `ipv6.disable=1`, and then have no such sockets."""
+    with listen("*", 0, 1) as both, listen("localhost", 0, 1) as named:
+        assert (both.family, named.family) == (socket.AF_INET6, socket.AF_INET)
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with listen("*", 0, 1) as only:
+        assert only.getsockname()[0] == "0.0.0.0"

@@ -1,6 +1,7 @@
 """The router's process over real ZeroMQ and HTTP, with fake workers in processes that can be killed."""
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -208,7 +209,9 @@ def test_sigterm_drains_and_the_status_is_0(pair: Cluster) -> None:
     with ThreadPoolExecutor(1) as pool:
         streaming = pool.submit(pair.stream, events.append, max_tokens=60)
         eventually(lambda: events, "the stream has begun")
-        pair.router.send_signal(signal.SIGTERM)
+        with socket.create_connection(("127.0.0.1", pair.http.base_url.port or 0), timeout=10) as kept:
+            pair.router.send_signal(signal.SIGTERM)
+            assert kept.recv(1) == b"", "a client would ask here again, and be refused"
         eventually(lambda: pair.http.get("/health").status_code == 503, "it refuses")
         assert pair.complete().status_code == 503
         assert streaming.result()[0] == whole

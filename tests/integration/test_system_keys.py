@@ -27,6 +27,7 @@ from support.keyed import (
     workers_of,
 )
 from support.keys import secret
+from support.sockets import needs_ipv6
 from support.system import eventually
 
 UCX_PORTS = range(20000, 21000)
@@ -255,3 +256,21 @@ def test_what_cannot_be_kept_safe_is_refused_at_start() -> None:
         run_router(RouterConfig(workers=("tcp://10.0.0.1:1",)), ready=ready)
     with pytest.raises(ConfigError, match="transport_keys '/nowhere' cannot be used"):
         run_router(RouterConfig(transport_keys="/nowhere"), ready=ready)
+
+
+@needs_ipv6
+def test_a_system_on_ipv6_alone(tmp_path: Path, checkpoint: Path) -> None:
+    """Links, KV, metrics and both HTTP ports, where every part binds every interface as the chart does."""
+    with keyed_system(tmp_path, checkpoint, "prefill-0", "decode-0", host="::1", current="a") as system:
+        port = system.start_router("router", "--peer-bind", "tcp://*:0", host="*").rpartition(":")[2]
+        with httpx.Client(base_url=f"http://[::1]:{port}", timeout=60, trust_env=False) as http:
+            wait_for_workers(http, "prefill-0", "decode-0")
+            answer = complete(http)
+            record = http.get(f"/disagg/requests/{answer.headers['x-request-id']}").json()
+            assert record["decision"] == "disaggregated"
+            assert record["kv"]["bytes_received"] == record["kv"]["bytes_expected"] > 0
+            for name, worker in workers_of(http).items():
+                assert system.control(name).startswith("tcp://[::1]:")
+                assert worker["metrics_url"].startswith("http://[::1]:")
+                assert httpx.get(worker["metrics_url"], trust_env=False).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200

@@ -16,6 +16,7 @@ from disagg.config import WorkerConfig
 from disagg.protocol import Abort, Accepted, Fenced, Generate, KvReceived
 from support.checkpoints import make_checkpoint
 from support.keys import KeyFolder
+from support.sockets import needs_ipv6
 from support.workers import (
     TTL_S,
     Link,
@@ -33,8 +34,7 @@ from support.workers import (
     start_worker,
 )
 
-NET = f"10.213.{os.getpid() % 256}"
-HOSTS = (f"{NET}.1", f"{NET}.2")
+NETS = {"IPv4": (f"10.213.{os.getpid() % 256}.", 30), "IPv6": (f"fd00:213:{os.getpid() % 65536:x}::", 64)}
 NUM_PAGES = 38
 PROMPT = [3 + (7 * i + 13 * (i % 5)) % 300 for i in range(150)]
 LOST_WITHIN_S = 10.0
@@ -80,12 +80,17 @@ def decode(tmp_path: Path, model: Path) -> Iterator[list[WorkerProcess]]:
         yield nodes
 
 
-@pytest.fixture
-def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A network namespace with `HOSTS[1]`, wired to `HOSTS[0]` here; KV takes that wire."""
+@pytest.fixture(params=["IPv4", pytest.param("IPv6", marks=needs_ipv6)])
+def namespace(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """A network namespace and a host here and in it, on a wire of one family alone, which KV takes too."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     name = f"disagg{os.getpid()}"
+    net, bits = NETS[request.param]
+    hosts = (f"{net}1", f"{net}2")
+    nodad = " nodad" if request.param == "IPv6" else ""
     monkeypatch.setenv("UCX_NET_DEVICES", name)  # else it may call from an address that has no way back
 
     def ip(command: str) -> None:
@@ -94,11 +99,12 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ip(f"netns add {name}")
     try:
         ip(f"link add {name} type veth peer name {name} netns {name}")
-        ip(f"addr add {HOSTS[0]}/30 dev {name}")
+        ip(f"addr add {hosts[0]}/{bits} dev {name}{nodad}")
         ip(f"link set {name} up")
-        for command in (f"addr add {HOSTS[1]}/30 dev {name}", f"link set {name} up", "link set lo up"):
+        address = f"addr add {hosts[1]}/{bits} dev {name}{nodad}"
+        for command in (address, f"link set {name} up", "link set lo up"):
             ip(f"netns exec {name} ip {command}")
-        yield name
+        yield name, hosts
     finally:
         ip(f"netns del {name}")
 
@@ -222,8 +228,9 @@ def test_a_node_that_does_not_fit_is_refused_by_name(
 
 
 def test_nodes_of_two_network_namespaces_meet_with_the_release_s_key_alone(
-    tmp_path: Path, model: Path, namespace: str
+    tmp_path: Path, model: Path, namespace: tuple[str, tuple[str, str]]
 ) -> None:
+    there, hosts = namespace
     keys = KeyFolder(tmp_path / "keys", current="release")
     others = KeyFolder(tmp_path / "other-keys", current="other")
     port = free_port()
@@ -238,22 +245,22 @@ def test_nodes_of_two_network_namespaces_meet_with_the_release_s_key_alone(
             num_nodes=2,
             node_rank=rank,
             node_port=port,
-            leader_address=HOSTS[0],
-            advertise_host=HOSTS[rank],
+            leader_address=hosts[0],
+            advertise_host=hosts[rank],
             transport_keys=str(folder.path),
         )
 
     prefill_config = make_config(
-        tmp_path, model, "prefill", "p", advertise_host=HOSTS[0], transport_keys=str(keys.path)
+        tmp_path, model, "prefill", "p", advertise_host=hosts[0], transport_keys=str(keys.path)
     )
     leader = start_worker(node("leader", 0, keys), tmp_path)
-    stranger = start_worker(node("stranger", 1, others), tmp_path, namespace)
+    stranger = start_worker(node("stranger", 1, others), tmp_path, there)
     try:
         log = tmp_path / "stranger.log"
         eventually(lambda: "the leader refused the handshake" in log.read_text(), log.read_text, 60)
         assert "node joined" not in (tmp_path / "leader.log").read_text()
         stranger.process.kill()
-        member = start_worker(node("member", 1, keys), tmp_path, namespace)
+        member = start_worker(node("member", 1, keys), tmp_path, there)
         try:
             with running_workers(tmp_path, prefill_config) as (p,), Router(p, leader.wait_ready()) as router:
                 expected = run_local(router.links[1], "u", PROMPT)

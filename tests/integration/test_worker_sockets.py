@@ -220,6 +220,29 @@ def test_a_broken_link_is_told_once_and_a_new_process_gets_a_new_one(tmp_path: P
     run(tmp_path, test)
 
 
+def test_a_peer_that_does_not_read_is_a_lost_link(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What no longer fits in its queue must not vanish without a word: it may be that pages are fenced."""
+
+    async def test(bench: Bench) -> None:
+        address = f"ipc://{tmp_path}/wedged.sock"
+        with bench.context.socket(zmq.ROUTER) as wedged:
+            wedged.setsockopt(zmq.RCVHWM, 1)
+            wedged.bind(address)
+            ours = Recorder()
+            links = PeerLinks(bench.context, "p-uuid", ours)
+            links.open("d-uuid", address, HELLO)
+            for _ in range(5000):
+                links.send("d-uuid", PeerBye("x" * 10_000))
+                await asyncio.sleep(0)
+            await until(lambda: ours.lost)
+            links.send("d-uuid", PeerBye("x"))
+            assert ours.lost == ["d-uuid"]
+            assert [message for message in caplog.messages if "reason='does not read'" in message]
+            links.close_all()
+
+    run(tmp_path, test)
+
+
 def test_an_address_that_is_none_is_a_lost_link(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         ours = Recorder()

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
+from disagg.security import host_port
 from support.keys import KeyFolder
 from support.system import eventually
 
@@ -81,7 +82,8 @@ class KeyedSystem:
         """Start it on every interface, at the port that it had before."""
         port = self._controls.get(name, "tcp://:0").rpartition(":")[2]
         flags = ["worker", "--role", name.partition("-")[0], "--worker-id", name]
-        flags += ["--control", f"tcp://0.0.0.0:{port}", "--advertise-host", self.host, "--http-port", "0"]
+        flags += ["--control", f"tcp://*:{port}", "--advertise-host", self.host]
+        flags += ["--http-host", "*", "--http-port", "0"]
         flags += ["--transport-keys", str(self.keys.path), "--dtype", "float32", "--device", "cpu"]
         flags += ["--num-threads", "1", "--kv-cache-memory-bytes", str(4 << 20), "--max-num-seqs", "8"]
         flags += ["--block-size", "4", *self._model]
@@ -89,7 +91,7 @@ class KeyedSystem:
 
     def wait_worker(self, name: str) -> None:
         port = self.processes[name].wait_ready().ready["control"].rpartition(":")[2]
-        self._controls[name] = f"tcp://{self.host}:{port}"
+        self._controls[name] = f"tcp://{host_port(self.host, port)}"
 
     def start_router(self, name: str, *flags: str, host: str = "127.0.0.1") -> str:
         """Start a router over every worker there has been; return its address when all are ready."""
@@ -131,9 +133,11 @@ def wait_for_workers(http: httpx.Client, *names: str) -> None:
 
 
 @contextmanager
-def keyed_system(folder: Path, checkpoint: Path, *workers: str, **names: str) -> Iterator[KeyedSystem]:
+def keyed_system(
+    folder: Path, checkpoint: Path, *workers: str, host: str | None = None, **names: str
+) -> Iterator[KeyedSystem]:
     """Start the workers; afterwards nothing of the system is left."""
-    system = KeyedSystem(folder, checkpoint, host_address(), **names)
+    system = KeyedSystem(folder, checkpoint, host or host_address(), **names)
     try:
         for name in workers:
             system.start_worker(name)

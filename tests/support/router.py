@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from disagg._core import PrefixIndex
 from disagg.config import LeaseConfig, RoutingConfig
 from disagg.frontend import Delta, GenerateRequest
+from disagg.links import LinkEvents
 from disagg.protocol import (
     PROTOCOL_VERSION,
     Accepted,
@@ -37,7 +38,6 @@ from disagg.protocol import (
 )
 from disagg.router.dispatch import Dispatcher
 from disagg.router.ledger import Ledger
-from disagg.router.links import LinkEvents
 from disagg.router.proofs import EndedPods, Proof
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService

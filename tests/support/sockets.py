@@ -1,8 +1,11 @@
 """What tests of real sockets share: who takes their events, and waiting for them."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from disagg.protocol import PROTOCOL_VERSION, FromPeer, Hello, KvLayout, PeerHello, ToWorker, Welcome
 from support.router import WELCOME
@@ -44,3 +47,14 @@ async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(LIMIT_S):
         while not condition():  # noqa: ASYNC110 - what is awaited is ZeroMQ's
             await asyncio.sleep(0.002)
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")

@@ -20,6 +20,7 @@ LAYERS = {
     "checkpoint": {"errors"},
     "telemetry": set(),
     "security": {"errors", "telemetry"},
+    "links": {"errors", "protocol", "security", "telemetry"},
     "kv": {"_core", "errors", "protocol"},
     "layers": {"_cpu", "_cuda", "errors", "kv"},
     "parallel": {"errors"},
@@ -39,7 +40,7 @@ LAYERS = {
     "transfer": {"errors", "kv", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol", "security"},
-    "kubernetes": {"errors", "telemetry"},
+    "kubernetes": {"errors", "security", "telemetry"},
     "router": {
         "_core",
         "checkpoint",
@@ -47,11 +48,12 @@ LAYERS = {
         "errors",
         "frontend",
         "kubernetes",
+        "links",
         "protocol",
         "security",
         "telemetry",
     },
-    "supervisor": {"checkpoint", "config", "errors"},
+    "supervisor": {"checkpoint", "config", "errors", "security"},
 }
 TORCH_FREE = [
     "client",
@@ -61,6 +63,7 @@ TORCH_FREE = [
     "checkpoint",
     "telemetry",
     "security",
+    "links",
     "frontend",
     "kubernetes",
     "router",

@@ -1,6 +1,6 @@
 {{- define "disagg.selectorLabels" -}}
 app.kubernetes.io/name: disagg
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -20,7 +20,7 @@ llm-d.ai/role: both
 
 {{- define "disagg.metadata" -}}
 name: {{ .root.Release.Name }}-{{ .component }}
-namespace: {{ .root.Release.Namespace }}
+namespace: {{ .root.Release.Namespace | quote }}
 labels: {{- include "disagg.labels" . | nindent 2 }}
 {{- end }}
 
@@ -28,7 +28,7 @@ labels: {{- include "disagg.labels" . | nindent 2 }}
 {{- define "disagg.podsOf" -}}
 matchLabels:
   app.kubernetes.io/name: disagg
-  app.kubernetes.io/instance: {{ .root.Release.Name }}
+  app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 matchExpressions:
   - {key: app.kubernetes.io/component, operator: In, values: {{ toJson .components }}}
 {{- end }}
@@ -80,21 +80,21 @@ matchExpressions:
 {{- if eq (include "disagg.modelScheme" .) "hf" }}
 - --model={{ include "disagg.modelPath" . }}
 {{- else if eq (include "disagg.modelScheme" .) "pvc" }}
-- --model={{ .Values.modelArtifacts.mountPath }}/{{ include "disagg.pathInClaim" . }}
+- {{ printf "--model=%s/%s" .Values.modelArtifacts.mountPath (include "disagg.pathInClaim" .) | quote }}
 {{- end }}
 {{- with include "disagg.servedName" . }}
-- --served-model-name={{ . }}
+- {{ printf "--served-model-name=%s" . | quote }}
 {{- end }}
 {{- end }}
 
 {{- define "disagg.routerArgs" -}}
 - router
-- --host=0.0.0.0
+- --host=*
 - --port=8000
 - --discover={{ .Release.Name }}
 - --discover-namespace={{ .Release.Namespace }}
 - --transport-keys=/etc/disagg/keys
-- --peer-bind=tcp://0.0.0.0:5602
+- --peer-bind=tcp://*:5602
 - --drain-seconds={{ .Values.router.drainSeconds }}
 {{- include "disagg.modelArgs" . }}
 {{- if include "disagg.apiKeysSecret" . }}
@@ -113,9 +113,9 @@ matchExpressions:
 - worker
 - --role={{ .component }}
 - --worker-id=$(POD_NAME)
-- --control=tcp://0.0.0.0:5600
+- --control=tcp://*:5600
 - --advertise-host=$(POD_IP)
-- --http-host=0.0.0.0
+- --http-host=*
 - --http-port=8080
 - --transport-keys=/etc/disagg/keys
 - --drain-seconds={{ .values.drainSeconds }}
@@ -169,7 +169,7 @@ spec:
   imagePullSecrets: {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- with .root.Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .values.nodeSelector }}
   nodeSelector: {{- toYaml . | nindent 4 }}
@@ -264,18 +264,18 @@ spec:
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.shmSize }}}
     - name: keys
-      secret: {secretName: {{ include "disagg.keysSecret" .root }}, defaultMode: 0440}
+      secret: {secretName: {{ include "disagg.keysSecret" .root | quote }}, defaultMode: 0440}
     {{- if $apiKeys }}
     - name: api-keys
-      secret: {secretName: {{ $apiKeys }}, defaultMode: 0440}
+      secret: {secretName: {{ $apiKeys | quote }}, defaultMode: 0440}
     {{- end }}
     {{- if $tls }}
     - name: tls
-      secret: {secretName: {{ $tls }}, defaultMode: 0440}
+      secret: {secretName: {{ $tls | quote }}, defaultMode: 0440}
     {{- end }}
     {{- if $claim }}
     - name: models
-      persistentVolumeClaim: {claimName: {{ $claim }}, readOnly: {{ eq $scheme "pvc" }}}
+      persistentVolumeClaim: {claimName: {{ $claim | quote }}, readOnly: {{ eq $scheme "pvc" }}}
     {{- end }}
 {{- end }}
 

@@ -110,6 +110,14 @@ async def test_health_follows_the_workers_and_live_does_not(
     assert (await http.get("/live")).status_code == 200
 
 
+async def test_live_fails_where_only_another_process_could_serve(
+    generator: FakeGenerator, text: TextModel
+) -> None:
+    transport = httpx.ASGITransport(create_app(generator, text, "m", is_alive=lambda: False))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        assert (await http.get("/live")).status_code == 503
+
+
 async def test_a_record_is_found_by_the_id_in_the_answer(
     http: httpx.AsyncClient, generator: FakeGenerator, completion: Body
 ) -> None:

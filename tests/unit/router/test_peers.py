@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from disagg.errors import ConfigError
+from disagg.links import LinkEvents
 from disagg.protocol import AskRecord, RecordAnswer, ToWorker
-from disagg.router.links import LinkEvents
 from disagg.router.peers import RouterPeers
 
 TURNS = 20

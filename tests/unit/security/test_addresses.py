@@ -3,13 +3,26 @@
 import pytest
 
 from disagg.errors import ConfigError
-from disagg.security import choice_for, host_of, is_loopback, is_own_call, is_wildcard
+from disagg.security import choice_for, host_of, host_port, is_loopback, is_own_call, is_wildcard
+from disagg.security.addresses import may_be_ipv6
 
 
 def test_hosts_of_addresses() -> None:
     assert host_of("tcp://10.0.0.1:5600") == "10.0.0.1"
     assert host_of("tcp://[::1]:5600") == "::1"
     assert host_of("ipc:///run/x.sock") is None
+
+
+def test_an_ipv6_host_is_in_brackets_before_a_port() -> None:
+    assert host_port("10.0.0.1", 5600) == "10.0.0.1:5600"
+    assert host_port("chat-router", "*") == "chat-router:*"
+    assert host_port("fd00::2", 5600) == host_port("[fd00::2]", 5600) == "[fd00::2]:5600"
+
+
+def test_sockets_speak_ipv6_where_they_may_have_to() -> None:
+    """A name's addresses may be of either family, and an IPv4 socket finds nobody behind an IPv6 one."""
+    assert all(map(may_be_ipv6, ("tcp://[fd00::2]:1", "tcp://*:1", "tcp://chat-decode-0.chat-decode:1")))
+    assert not any(map(may_be_ipv6, ("tcp://10.0.0.1:1", "tcp://localhost:1", "ipc:///run/x.sock")))
 
 
 def test_loopback_is_known_in_every_notation() -> None:

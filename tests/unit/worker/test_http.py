@@ -1,11 +1,13 @@
-"""The worker's http port, without a socket."""
+"""The worker's http port, mostly without a socket."""
 
 import asyncio
+import contextlib
+from typing import Any
 
 import httpx
 
 from disagg.protocol import WorkerState
-from disagg.worker.http import HttpServer, make_app
+from disagg.worker.http import HttpServer, bind_http, make_app
 
 
 class View:
@@ -43,6 +45,17 @@ def test_live_is_200_in_every_state() -> None:
         assert asyncio.run(ask(View(state), "GET", "/live")).status_code == 200
 
 
+def test_live_is_503_where_only_another_process_could_serve() -> None:
+    async def live(is_alive: bool) -> tuple[int, Any]:
+        transport = httpx.ASGITransport(make_app(View("ready"), lambda: is_alive))
+        async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+            answer = await client.get("/live")
+            return answer.status_code, answer.json()
+
+    assert asyncio.run(live(True)) == (200, {"live": True})
+    assert asyncio.run(live(False)) == (503, {"live": False})
+
+
 def test_drain_is_answered_to_loopback_only() -> None:
     view = View("ready")
     assert asyncio.run(ask(view, "POST", "/drain", peer="10.0.0.7")).status_code == 403
@@ -65,3 +78,26 @@ def test_metrics_are_prometheus_text() -> None:
 def test_no_header_makes_a_peer_a_loopback_one() -> None:
     """Uvicorn believes the `x-forwarded-for` of whom FORWARDED_ALLOW_IPS names: anybody could drain then."""
     assert HttpServer(make_app(View("ready"))).config.proxy_headers is False
+
+
+def test_a_header_without_end_is_refused() -> None:
+    """Anybody who reaches the port could fill the memory of a worker."""
+
+    async def bytes_taken() -> int:
+        server = HttpServer(make_app(View("ready")))
+        listener = bind_http("127.0.0.1", 0)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET /live HTTP/1.1\r\nhost: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 32 << 20 and not reader.at_eof():
+                writer.write(b"x" * 65536)
+                sent += 65536
+                await writer.drain()
+        writer.close()
+        server.stop()
+        await serving
+        return sent
+
+    assert asyncio.run(bytes_taken()) < 32 << 20

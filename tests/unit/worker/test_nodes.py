@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -10,10 +10,9 @@ import pytest
 import zmq
 
 from disagg.config import EngineConfig, NodesConfig, WorkerConfig
-from disagg.protocol import PROTOCOL_VERSION, WorkerState
+from disagg.protocol import PROTOCOL_VERSION, WorkerState, decoder
 from disagg.worker.nodes import (
     LOST_STATUS,
-    TO_NODE,
     FromNode,
     NodeHello,
     NodeLinks,
@@ -42,7 +41,7 @@ class Agent:
         self.socket.send(msgspec.msgpack.encode(message))
 
     def receive(self) -> ToNode:
-        message: ToNode = TO_NODE.decode(self.socket.recv())
+        message: ToNode = decoder(ToNode).decode(self.socket.recv())
         return message
 
     def close(self) -> None:
@@ -57,11 +56,13 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 @contextmanager
-def leader(context: zmq.Context[zmq.Socket[bytes]], state: WorkerState = "ready") -> Iterator[NodeLinks]:
+def leader(
+    context: zmq.Context[zmq.Socket[bytes]], state: Callable[[], WorkerState] = lambda: "ready"
+) -> Iterator[NodeLinks]:
     bound = context.socket(zmq.ROUTER)
     bound.setsockopt(zmq.ROUTER_MANDATORY, 1)
     bound.bind(ADDRESS)
-    links = NodeLinks(bound, CONFIG, state=lambda: state, on_drain=lambda: None)
+    links = NodeLinks(bound, CONFIG, state=state, on_drain=lambda: None)
     try:
         yield links
     finally:
@@ -114,5 +115,24 @@ def test_nodes_hear_of_the_state_also_while_much_is_sent(context: zmq.Context[zm
             message = agent.receive()
             assert isinstance(message, RankBytes | NodeState)
         assert message == NodeState("ready")
+        agent.close()
+        end.close()
+
+
+def test_ranks_are_lost_where_the_link_thread_breaks(
+    context: zmq.Context[zmq.Socket[bytes]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else rank 0 would wait for ranks that nobody hears."""
+
+    def state() -> WorkerState:
+        raise ZeroDivisionError
+
+    with leader(context, state) as links:
+        process, end = links.add(1)
+        links.start()
+        agent = Agent(context)
+        assert agent.receive() == NodeStart([1])
+        assert process.wait(WAIT_S) == LOST_STATUS
+        assert [message for message in caplog.messages if message.startswith("links to nodes broke")]
         agent.close()
         end.close()
