@@ -23,7 +23,6 @@ from disagg.engine.plan import StepPlan, int32s
 from disagg.engine.windows import SAMPLING_FIELDS, RowWindows, graph_sizes, sampling_arrays
 from disagg.layers import cuda_ops
 from disagg.models import Decoder
-from disagg.telemetry import fields
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +146,8 @@ class CudaRunner:
                 self._graphs[size] = _Graph(graph, batch)
             self._stream.synchronize()
         taken = free - torch.cuda.mem_get_info(self._device)[0]
-        seconds = time.monotonic() - started_at
-        log.info(
-            "decode graphs captured %s",
-            fields(graphs=len(self._graphs), seconds=round(seconds, 1), megabytes=taken >> 20),
-        )
+        figures = len(self._graphs), time.monotonic() - started_at, taken >> 20
+        log.info("decode graphs captured graphs=%d seconds=%.1f megabytes=%d", *figures)
 
     def _decode(self, batch: AttentionBatch) -> None:
         """One token more of each sequence of a static batch: all that a graph holds."""

@@ -24,7 +24,7 @@ LAYERS = {
     "kv": {"_core", "errors", "protocol"},
     "layers": {"_cpu", "_cuda", "errors", "kv"},
     "parallel": {"errors"},
-    "attention": {"_cpu", "errors", "kv", "layers"},
+    "attention": {"_cpu", "_cuda", "errors", "kv", "layers"},
     "models": {"attention", "checkpoint", "errors", "kv", "layers", "parallel", "protocol"},
     "engine": {
         "attention",

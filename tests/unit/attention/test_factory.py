@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -44,4 +46,20 @@ def test_cpu_kernels_are_refused_elsewhere_and_for_other_types() -> None:
         make("cpu", device="cuda")
     with pytest.raises(ConfigError, match="float16"):
         make("cpu", dtype=torch.float16)
+
+
+def test_without_kernels_for_a_gpu_auto_is_what_runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disagg.attention.factory.find_spec", lambda name: None)
     assert make("auto", device="cuda").name == "reference"
+
+
+@pytest.mark.parametrize("spec", ["cuda", "cuda,fi"])
+def test_the_decode_kernel_is_refused_for_prefill(spec: str) -> None:
+    with pytest.raises(ConfigError, match="for decode alone; use fi,cuda"):
+        make(spec, device="cuda", dtype=torch.bfloat16)
+
+
+def test_flashinfer_is_refused_for_what_its_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", object())
+    with pytest.raises(ConfigError, match="bfloat16 or float16, got float32; use reference"):
+        make("fi", device="cuda")
