@@ -153,6 +153,13 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     http_port: Annotated[int, Meta(ge=0, le=65535, description="Port of the same; 0 picks a free one.")] = (
         8080
     )
+    pod_uid: Annotated[
+        str | None,
+        Meta(
+            description="Uid of the Kubernetes pod that no other worker is in: the next worker there proves "
+            "that this one has ended."
+        ),
+    ] = None
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     lease: LeaseConfig = LeaseConfig()

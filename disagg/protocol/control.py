@@ -64,6 +64,8 @@ class Welcome(Struct, frozen=True, array_like=True, tag="welcome"):
     model_hash: str = ""
     """Which weights these are; empty where the worker does not say."""
     tokenizer_hash: str = ""
+    pod_uid: str = ""
+    """The Kubernetes pod that all of its ranks are in, and no other worker; empty where there is none."""
 
 
 class Reserve(Struct, frozen=True, array_like=True, tag="reserve"):

@@ -26,7 +26,7 @@ from disagg.router.ledger import Ledger
 from disagg.router.links import ZmqConnector, check_address
 from disagg.router.membership import Membership
 from disagg.router.peers import PeerServer, RouterPeers
-from disagg.router.proofs import EndedPods, ProcessProof, TakeProof
+from disagg.router.proofs import EndedPods, PodSuccessors, ProcessProof, TakeProof
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
 from disagg.security import ApiKeys, KeyRing, admission, tls_context
@@ -62,7 +62,9 @@ async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
     pods = EndedPods()
     # Without discovery nobody tells of pods, and what waits for that would wait for ever.
-    proofs = (ProcessProof.take, pods.take) if config.discover is not None else (ProcessProof.take,)
+    proofs: tuple[TakeProof, ...] = (ProcessProof.take, PodSuccessors().take)
+    if config.discover is not None:
+        proofs += (pods.take,)
     with ExitStack() as stack:
         # What is frozen is not collected at exit either, and nanobind reports it as leaked.
         stack.callback(gc.unfreeze)

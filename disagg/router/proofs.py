@@ -99,6 +99,45 @@ class PodProof:
         return self._pods.has(self._name, self._ip)
 
 
+class PodSuccessors:
+    """Workers that came after another in one pod, whose end they prove.
+
+    A kubelet starts a container anew once the one before has ended, in the same pod; and a pod's uid,
+    unlike its name and its addresses, is never another's.
+    """
+
+    def __init__(self) -> None:
+        self._newest: OrderedDict[str, str] = OrderedDict()
+
+    def take(self, address: str, welcome: Welcome) -> SuccessorProof | None:
+        """Watch for the next worker in its pod; None where it is in none."""
+        del address
+        if not welcome.pod_uid:
+            return None
+        self._newest[welcome.pod_uid] = welcome.uuid
+        self._newest.move_to_end(welcome.pod_uid)
+        if len(self._newest) > MAX_ENDED:
+            self._newest.popitem(last=False)
+        return SuccessorProof(self, welcome.pod_uid, welcome.uuid)
+
+    def has(self, pod_uid: str, after: str) -> bool:
+        """Whether another worker has come after this one in its pod."""
+        return self._newest.get(pod_uid, after) != after
+
+
+class SuccessorProof:
+    """The worker that comes after this one in its pod."""
+
+    def __init__(self, pods: PodSuccessors, pod_uid: str, uuid: str) -> None:
+        self._pods = pods
+        self._pod_uid = pod_uid
+        self._uuid = uuid
+
+    def is_gone(self) -> bool:
+        """Whether it has come."""
+        return self._pods.has(self._pod_uid, self._uuid)
+
+
 def _listens(process: psutil.Process, address: str) -> bool:
     if address.startswith("ipc://"):
         path = address.removeprefix("ipc://")

@@ -286,6 +286,8 @@ class _Worker:
             transport=TRANSPORT,
             model_hash=loaded.model_hash,
             tokenizer_hash=loaded.tokenizer_hash,
+            # One pod's end is not that of ranks in others.
+            pod_uid=(self._config.pod_uid or "") if self._config.nodes.num_nodes == 1 else "",
         )
 
     # --- what the sockets tell --------------------------------------------------------------------

@@ -38,7 +38,7 @@ from disagg.protocol import (
 )
 from disagg.router.dispatch import Dispatcher
 from disagg.router.ledger import Ledger
-from disagg.router.proofs import EndedPods, Proof
+from disagg.router.proofs import EndedPods, PodSuccessors, Proof
 from disagg.router.registry import Registry
 from disagg.router.service import RouterService
 from disagg.router.ticket import RequestTicket
@@ -192,10 +192,11 @@ class Actor:
     def die(self) -> None:
         self.link.down()
 
-    def restart(self) -> None:
+    def restart(self, **welcome: Any) -> None:
         """A new process at the same address."""
         self.incarnation += 1
-        self.welcome = replace(self.welcome, uuid=f"{self.welcome.worker_id}.{self.incarnation}")
+        uuid = f"{self.welcome.worker_id}.{self.incarnation}"
+        self.welcome = replace(self.welcome, uuid=uuid, **welcome)
         self.proof = FakeProof()
         self.join()
 
@@ -283,7 +284,7 @@ class Harness:
             lease=lease or LeaseConfig(),
             clock=self.clock,
             tokenizer_hash=tokenizer_hash,
-            proofs=(self._prove, self.pods.take),
+            proofs=(self._prove, self.pods.take, PodSuccessors().take),
         )
         self.service = RouterService(self.dispatcher, Ledger(100), unix_time=lambda: 1.0)
         self.runner = asyncio.Runner()

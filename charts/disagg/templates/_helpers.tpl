@@ -113,6 +113,7 @@ matchExpressions:
 - worker
 - --role={{ .component }}
 - --worker-id=$(POD_NAME)
+- --pod-uid=$(POD_UID)
 - --control=tcp://*:5600
 - --advertise-host=$(POD_IP)
 - --http-host=*
@@ -200,6 +201,8 @@ spec:
           valueFrom: {fieldRef: {fieldPath: metadata.name}}
         - name: POD_IP
           valueFrom: {fieldRef: {fieldPath: status.podIP}}
+        - name: POD_UID
+          valueFrom: {fieldRef: {fieldPath: metadata.uid}}
         {{- if eq $scheme "hf" }}
         - {name: HF_HOME, value: {{ .root.Values.modelArtifacts.mountPath | quote }}}
         - {name: HF_HUB_CACHE, value: "{{ .root.Values.modelArtifacts.mountPath }}/hub"}

@@ -13,11 +13,11 @@ ENDED = PodEnd("chat-prefill-x", frozenset({"10.0.0.7"}))
 class Scene:
     """A prefill worker in a pod, by default on another machine, which owes a fence to a decode worker."""
 
-    def __init__(self, router: Harness, *, is_here: bool = False) -> None:
+    def __init__(self, router: Harness, *, is_here: bool = False, **welcome: str) -> None:
         self.router = router
         if not is_here:
             router.unproven.add(ADDRESS)
-        self.prefill = router.add("prefill", ADDRESS, worker_id="chat-prefill-x")
+        self.prefill = router.add("prefill", ADDRESS, worker_id="chat-prefill-x", **welcome)
         self.decode: Actor = router.add("decode")
         router.submit()
         self.decode.reserve()
@@ -76,6 +76,24 @@ def test_a_successor_at_the_same_address_leaves_the_proof_to_come(scene: Scene) 
     assert not scene.is_told()
     scene.router.pods.add([ENDED])
     assert scene.is_told()
+
+
+def test_a_successor_in_the_same_pod_is_the_fence(router: Harness) -> None:
+    """A kubelet starts a container anew only once the one before has ended."""
+    scene = Scene(router, pod_uid="uid-of-x")
+    scene.prefill.die()
+    assert not scene.is_told()
+    scene.prefill.restart()
+    assert scene.is_told()
+    assert not scene.is_told(), "once"
+
+
+@pytest.mark.parametrize("pod_uid", ["", "uid-of-y"])
+def test_a_successor_in_another_pod_or_in_none_proves_nothing(router: Harness, pod_uid: str) -> None:
+    scene = Scene(router, pod_uid="uid-of-x" if pod_uid else "")
+    scene.prefill.die()
+    scene.prefill.restart(pod_uid=pod_uid)
+    assert not scene.is_told()
 
 
 def test_a_fence_is_told_when_the_link_to_decode_is_back(scene: Scene) -> None:
