@@ -405,22 +405,21 @@ class Scheduler:
 
     def _commit(self, sequence: Sequence) -> None:
         """Offer newly full pages to the prefix cache and take its pages over where it had them already."""
-        num_full = sequence.num_computed // self._cache.page_size
+        size, first = self._cache.page_size, sequence.num_committed
+        num_full = sequence.num_computed // size
         if num_full <= sequence.num_offered:
             return
         assert sequence.node is not None
         commit = self._cache.commit(
-            sequence.tokens[: num_full * self._cache.page_size],
-            # A copy: the row is written below.
-            sequence.pages[:num_full].copy(),
+            sequence.tokens[first * size : num_full * size],
+            sequence.pages[first:num_full],
             sequence.request.cache_salt,
             sequence.node,
-            sequence.num_committed,
         )
         sequence.node = commit.node
         sequence.num_offered = num_full
-        sequence.num_committed = len(commit.page_ids)
-        sequence.pages[: len(commit.page_ids)] = commit.page_ids
+        sequence.num_committed = first + len(commit.page_ids)
+        sequence.pages[first : sequence.num_committed] = commit.page_ids
         if len(commit.surplus):
             self._give_back_after(sequence.last_step, commit.surplus)
 
