@@ -65,17 +65,18 @@ class RadixTree:
         """Take one lock back; ValueError if there is none."""
 
     def insert(
-        self, token_ids: NDArray[np.int32], page_ids: NDArray[np.int32], salt: str = ""
+        self, token_ids: NDArray[np.int32], page_ids: NDArray[np.int32], salt: str = "", after: int = 0
     ) -> tuple[int, NDArray[np.int32]]:
-        """Cache the full pages of a prompt.
+        """Cache the full pages of a prompt, or those that follow a prefix of it.
 
         Args:
             token_ids: The prompt; a last page that is not full is ignored.
             page_ids: One for each full page. The leading ones may be the tree's own from `match`.
             salt: Prompts with different salts share nothing.
+            after: The node of the prefix that `token_ids` follow, which is then of that salt already.
 
         Returns:
-            The node of the whole sequence, and for each page the page id that is cached there now.
+            The node of the whole sequence, and for each page given the page id that is cached there now.
             Where that differs from `page_ids`, the tree held one already and the caller's page stays
             the caller's; the others belong to the tree now.
         """

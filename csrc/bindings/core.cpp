@@ -133,19 +133,22 @@ NodeAndPages match_prefix(RadixTree& tree, const Input<Token>& token_ids, std::s
   return {prefix.node, to_numpy(std::move(prefix.pages))};
 }
 
+[[noreturn]] void refuse_node(RadixTree::Handle node, const char* reason) {
+  refuse("node " + std::to_string(node) + reason);
+}
+
 NodeAndPages insert_pages(RadixTree& tree, const Input<Token>& token_ids, const Input<PageId>& page_ids,
-                          std::string_view salt) {
+                          std::string_view salt, RadixTree::Handle after) {
   const std::size_t num_full = token_ids.size() / tree.page_size();
   if (page_ids.size() != num_full) {
     refuse("page_ids must have one entry for each of the " + std::to_string(num_full) + " full pages, got " +
            std::to_string(page_ids.size()));
   }
-  RadixTree::Prefix prefix = tree.insert(span_of(token_ids), span_of(page_ids), salt);
-  return {prefix.node, to_numpy(std::move(prefix.pages))};
-}
-
-[[noreturn]] void refuse_node(RadixTree::Handle node, const char* reason) {
-  refuse("node " + std::to_string(node) + reason);
+  std::optional<RadixTree::Prefix> prefix =
+      after == 0 ? tree.insert(span_of(token_ids), span_of(page_ids), salt)
+                 : tree.extend(after, span_of(token_ids), span_of(page_ids));
+  if (!prefix) refuse_node(after, " was evicted or never existed");
+  return {prefix->node, to_numpy(std::move(prefix->pages))};
 }
 
 void init_tree(RadixTree* place, std::int64_t page_size) {
@@ -276,7 +279,8 @@ NB_MODULE(_core, m) {
              if (!tree.unlock(node)) refuse_node(node, " is not locked");
            },
            "node"_a)
-      .def("insert", &insert_pages, "token_ids"_a.noconvert(), "page_ids"_a.noconvert(), "salt"_a = "")
+      .def("insert", &insert_pages, "token_ids"_a.noconvert(), "page_ids"_a.noconvert(), "salt"_a = "",
+           "after"_a = 0)
       .def("evict", &evict_pages, "num_pages"_a)
       .def("clear", &clear_tree)
       .def("drain_delta", &drain_delta)

@@ -20,10 +20,10 @@ RadixTree::Prefix RadixTree::match(std::span<const Token> tokens, std::string_vi
 
 // Follows cached pages from a root, marking them as used. A node that agrees only in part is split,
 // so that a node ends exactly where the match does.
-RadixTree::Walk RadixTree::walk(NodeId root, std::span<const Token> tokens) {
+RadixTree::Walk RadixTree::walk(NodeId from, std::span<const Token> tokens) {
   ++now_;
-  touch(root);
-  NodeId at = root;
+  for (NodeId id = from; id != kNone; id = nodes_[id].parent) touch(id);
+  NodeId at = from;
   std::size_t num_matched = 0;
   const std::size_t num_wanted = tokens.size() / page_size_;
   while (num_matched < num_wanted) {
@@ -94,7 +94,7 @@ RadixTree::NodeId RadixTree::resolve(Handle handle) const {
 std::vector<PageId> RadixTree::pages_to(NodeId id, std::size_t count) const {
   std::vector<PageId> pages(count);
   auto end = pages.end();
-  for (; !nodes_[id].is_root(); id = nodes_[id].parent) {
+  for (; end != pages.begin(); id = nodes_[id].parent) {
     end = std::copy_backward(nodes_[id].pages.begin(), nodes_[id].pages.end(), end);
   }
   return pages;
@@ -139,7 +139,19 @@ bool RadixTree::unlock(Handle handle) {
 RadixTree::Prefix RadixTree::insert(std::span<const Token> tokens, std::span<const PageId> pages,
                                     std::string_view salt) {
   if (pages.empty()) return {};
-  const Walk end = walk(find_or_add_root(salt), tokens);
+  return grow(find_or_add_root(salt), tokens, pages);
+}
+
+std::optional<RadixTree::Prefix> RadixTree::extend(Handle node, std::span<const Token> tokens,
+                                                   std::span<const PageId> pages) {
+  const NodeId id = resolve(node);
+  if (id == kNone) return std::nullopt;
+  return grow(id, tokens, pages);
+}
+
+RadixTree::Prefix RadixTree::grow(NodeId from, std::span<const Token> tokens,
+                                  std::span<const PageId> pages) {
+  const Walk end = walk(from, tokens);
   Prefix prefix{handle_of(end.node), pages_to(end.node, end.num_pages)};
   const std::span<const PageId> added = pages.subspan(end.num_pages);
   if (!added.empty()) {

@@ -21,8 +21,8 @@
 //  - no node was used later than its parent, so a parent is never evicted before its child;
 //  - no page occurs twice.
 //
-// Cost: match and insert are one pass over the tokens plus one hash probe a node; splits copy the
-// run that is split; a node is 112 bytes, a page 4 * page_size + 12 bytes. Nothing recurses, so a
+// Cost: match and insert are one pass over the tokens plus one hash probe a node, extend is that for
+// what it adds plus a step along the nodes above; splits copy the run that is split; a node is 112 bytes, a page 4 * page_size + 12 bytes. Nothing recurses, so a
 // prompt of a million tokens needs no deeper stack than a short one.
 #pragma once
 
@@ -73,6 +73,12 @@ class RadixTree {
   [[nodiscard]] Prefix insert(std::span<const Token> tokens, std::span<const PageId> pages,
                               std::string_view salt);
 
+  // The same for what follows the prefix that ends at `node`, without another look at that prefix:
+  // returns the node of the whole and the pages of `tokens` alone; nullopt if the handle is stale.
+  // Requires: node != 0, and as insert().
+  [[nodiscard]] std::optional<Prefix> extend(Handle node, std::span<const Token> tokens,
+                                             std::span<const PageId> pages);
+
   // Hands back up to `count` pages, least recently used leaves first and each from its tail, fewer
   // when the rest is protected. O(log leaves) a leaf, O(1) a page.
   [[nodiscard]] std::vector<PageId> evict(std::size_t count);
@@ -121,7 +127,7 @@ class RadixTree {
   };
   // The end of a walk along cached pages.
   struct Walk {
-    NodeId node;            // root if nothing matched, kNone if there is not even a root
+    NodeId node;            // where it began if nothing matched, kNone if there is not even a root
     std::size_t num_pages;  // matched
   };
 
@@ -135,7 +141,8 @@ class RadixTree {
   [[nodiscard]] std::string audit_node(NodeId id) const;
   [[nodiscard]] std::string audit_log() const;
 
-  [[nodiscard]] Walk walk(NodeId root, std::span<const Token> tokens);
+  [[nodiscard]] Walk walk(NodeId from, std::span<const Token> tokens);
+  [[nodiscard]] Prefix grow(NodeId from, std::span<const Token> tokens, std::span<const PageId> pages);
   [[nodiscard]] NodeId find_or_add_root(std::string_view salt);
   [[nodiscard]] NodeId add_node();
   void remove_node(NodeId id);

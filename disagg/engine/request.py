@@ -49,7 +49,7 @@ class Reservation(Struct, frozen=True):
     cached_tokens: int
 
 
-class SequenceOutput(Struct, frozen=True, kw_only=True):
+class SequenceOutput(Struct, frozen=True, kw_only=True, gc=False):
     """New tokens of one sequence, or its end."""
 
     request_id: str

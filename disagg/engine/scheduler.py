@@ -13,15 +13,17 @@ the order of their arrival, and while the first of them lacks pages nothing is r
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from operator import attrgetter
 
 import numpy as np
+from msgspec.structs import replace
 
 from disagg.engine.admission import Limits, checked_limits, chunk_end, limit_tokens, pages_to_begin, refuse
 from disagg.engine.plan import StepPlan
 from disagg.engine.request import Added, ChunkDone, EngineRequest, Event, Refused, Reservation, SequenceOutput
 from disagg.engine.sequence import Sequence, State
-from disagg.engine.slots import SlotTable, Span
+from disagg.engine.slots import Chunk, Slots, SlotTable
 from disagg.errors import InvariantBroken
 from disagg.kv import KvCache, PageIds
 from disagg.protocol import FinishReason
@@ -40,7 +42,7 @@ class Scheduler:
         self._cache = cache
         self._eos = eos_token_ids
         self._clock = clock
-        self._slots = SlotTable(limits.max_num_seqs, limits.pages_of(limits.max_model_len))
+        self._slots = SlotTable(self.limits)
         self._sequences: dict[str, Sequence] = {}
         self._in: dict[State, dict[str, Sequence]] = {state: {} for state in State}
         self._num_added = 0
@@ -48,7 +50,7 @@ class Scheduler:
         self._lacks_pages: str | None = None
         self._step = 0
         self._retired = 0
-        self._flights: deque[tuple[int, list[Span]]] = deque()
+        self._flights: deque[tuple[int, list[Chunk]]] = deque()
         self._pinned_pages: list[tuple[int, PageIds]] = []
         self._pinned_sequences: list[Sequence] = []
         self._quarantined: set[int] = set()
@@ -113,7 +115,8 @@ class Scheduler:
             self._stop(sequence, State.ENDED)
             return
         sequence.num_computed = sequence.num_planned = sequence.num_tokens
-        reason = self._learn(sequence, token_id)
+        sequence.append(token_id)
+        reason = sequence.end_reason
         self._commit(sequence)
         if finished or reason is not None:
             if not finished:
@@ -171,32 +174,28 @@ class Scheduler:
 
         None where nothing can run; there may still be events to take.
         """
-        spans = self._plan_decodes()
-        num_decodes = len(spans)
-        spans += self._plan_chunks(self.limits.max_num_batched_tokens - num_decodes)
-        if not spans:
+        decodes = self._plan_decodes()
+        chunks = self._plan_chunks(self.limits.max_num_batched_tokens - len(decodes))
+        if not chunks and not len(decodes):
             return None
         self._step += 1
-        for sequence, start, length, samples in spans:
-            sequence.num_planned = start + length
-            sequence.num_pending += samples
-            sequence.last_step = self._step
-        self._flights.append((self._step, spans))
-        return self._slots.plan(self._step, spans, num_decodes, self._cache.page_size)
+        self._flights.append((self._step, chunks))
+        return self._slots.plan(self._step, decodes, chunks)
 
     def retire(self, plan: StepPlan, sampled: list[int]) -> list[Event]:
         """Take the result of the oldest step in flight: one token for each sample of the plan."""
-        step, spans = self._flights.popleft()
+        step, chunks = self._flights.popleft()
         if step != plan.step or len(sampled) != plan.num_samples:
             raise InvariantBroken(
                 f"step {step} awaits retirement, not {plan.step} with {len(sampled)} samples"
             )
         self._retired = step
-        tokens = iter(sampled)
-        for span in spans:
-            token_id = next(tokens) if span.samples else None
-            if span.sequence.state not in _STOPPED:
-                self._retire_span(span, token_id)
+        self._retire_decodes(plan, sampled)
+        tokens = islice(sampled, plan.num_decodes, None)
+        for chunk in chunks:
+            token_id = next(tokens) if chunk.is_last else None
+            if chunk.sequence.state not in _STOPPED:
+                self._retire_chunk(chunk, token_id)
         self._unpin()
         return self.take_events()
 
@@ -243,33 +242,36 @@ class Scheduler:
 
     # --- planning -------------------------------------------------------------------------------
 
-    def _plan_decodes(self) -> list[Span]:
+    def _plan_decodes(self) -> Slots:
         ready = self._in[State.READY]
         while ready and self._slots.num_free:
             sequence = next(iter(ready.values()))
             self._slots.open(sequence)
             self._move(sequence, State.DECODING)
-        spans = []
-        # Oldest first: whom `_make_room` hands back is then never in `spans` already.
-        for sequence in sorted(self._in[State.DECODING].values(), key=_BY_AGE):
-            if sequence.state is State.DECODING and sequence.can_plan_decode and self._make_room(sequence):
-                spans.append(Span(sequence, sequence.num_planned, 1, True))
-        return spans
+        slots = self._slots.decoding()
+        lacking = slots[self._slots.lack_page(slots)]
+        if not len(lacking):
+            return slots
+        pages = self._cache.take(len(lacking))
+        if pages is not None:
+            self._slots.add_pages(lacking, pages)
+            return slots
+        # Not enough for all. Oldest first, so that nobody is handed back for a younger one.
+        for sequence in self._slots.sequences(lacking):
+            self._make_room(sequence)
+        slots = self._slots.decoding()
+        return slots[~self._slots.lack_page(slots)]
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence) -> None:
         """Have a page for the sequence's next token, handing others back for it where needed."""
-        if sequence.num_planned < sequence.num_pages * self._cache.page_size:
-            return True
-        while (pages := self._cache.take(1)) is None:
+        while sequence.state is State.DECODING:
+            if (pages := self._cache.take(1)) is not None:
+                sequence.pages[sequence.num_pages] = pages[0]
+                sequence.num_pages += 1
+                return
             if self._pinned_sequences or self._pinned_pages:
-                return False  # The retirement of a step in flight will free some; wait for it.
-            youngest = max(self._may_hand_back(), key=_BY_AGE)
-            self._hand_back(youngest)
-            if youngest is sequence:
-                return False
-        sequence.pages[sequence.num_pages] = pages[0]
-        sequence.num_pages += 1
-        return True
+                return  # The retirement of a step in flight will free some; wait for it.
+            self._hand_back(max(self._may_hand_back(), key=_BY_AGE))
 
     def _may_hand_back(self) -> Iterator[Sequence]:
         yield from self._in[State.DECODING].values()
@@ -282,12 +284,12 @@ class Scheduler:
         self._events.append(_end_of(sequence, "handed_back"))
         self._stop(sequence, State.ENDED)
 
-    def _plan_chunks(self, budget: int) -> list[Span]:
-        spans: list[Span] = []
+    def _plan_chunks(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
         for sequence in list(self._in[State.PREFILLING].values()):
             if budget > 0:
-                spans.append(self._plan_chunk(sequence, budget))
-                budget -= spans[-1].length
+                chunks.append(self._plan_chunk(sequence, budget))
+                budget -= chunks[-1].length
         waiting = self._in[State.WAITING]
         self._lacks_pages = None
         while budget > 0 and waiting and self._slots.num_free:
@@ -295,17 +297,17 @@ class Scheduler:
             if not self._begin(sequence):
                 self._lacks_pages = sequence.request.request_id
                 break
-            spans.append(self._plan_chunk(sequence, budget))
-            budget -= spans[-1].length
-        return spans
+            chunks.append(self._plan_chunk(sequence, budget))
+            budget -= chunks[-1].length
+        return chunks
 
-    def _plan_chunk(self, sequence: Sequence, budget: int) -> Span:
+    def _plan_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.num_planned
         end = chunk_end(start, sequence.num_tokens, budget, self._cache.page_size)
         is_last = end == sequence.num_tokens
         if is_last:
             self._move(sequence, State.LAST_CHUNK if sequence.request.prefill_only else State.DECODING)
-        return Span(sequence, start, end - start, is_last)
+        return Chunk(sequence, start, end - start, is_last)
 
     def _begin(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its pages and a slot, or leave it waiting."""
@@ -345,49 +347,40 @@ class Scheduler:
 
     # --- retiring -------------------------------------------------------------------------------
 
-    def _retire_span(self, span: Span, token_id: int | None) -> None:
-        sequence = span.sequence
-        sequence.num_computed = span.start + span.length
-        position = sequence.position
-        reason = None
+    def _retire_decodes(self, plan: StepPlan, sampled: list[int]) -> None:
+        learnt = self._slots.learn(plan, sampled)
+        self.num_output_tokens += len(learnt.token_ids)
+        news = zip(learnt.request_ids, learnt.positions, learnt.token_ids, strict=True)
+        outputs = [SequenceOutput(request_id=i, position=at, token_ids=[token]) for i, at, token in news]
+        for row, sequence in learnt.notable:
+            self._commit(sequence)
+            if (reason := sequence.end_reason) is not None:
+                outputs[row] = replace(outputs[row], finish_reason=reason)
+                self._stop(sequence, State.ENDED)
+        self._events += outputs
+
+    def _retire_chunk(self, chunk: Chunk, token_id: int | None) -> None:
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.start + chunk.length
         if token_id is not None:
-            sequence.num_pending -= 1
-            reason = self._learn(sequence, token_id)
+            sequence.append(token_id)
         self._commit(sequence)
         if token_id is not None:
-            self._events.append(self._output(span, position, token_id, reason))
+            self._events.append(self._first_output(sequence, token_id))
         if sequence.request.prefill_only:
             self._events.append(self._chunk_done(sequence, is_last=token_id is not None))
             if token_id is not None:
                 self._stop(sequence, State.HELD)
-        elif reason is not None:
+        elif token_id is not None and sequence.end_reason is not None:
             self._stop(sequence, State.ENDED)
 
-    def _learn(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """Append a token; says whether and why the sequence ends with it."""
-        sequence.tokens[sequence.num_tokens] = token_id
-        sequence.num_tokens += 1
-        if token_id in sequence.stop_ids:
-            return "stop"
-        return "length" if sequence.num_tokens >= sequence.limit_tokens else None
-
-    def _output(
-        self, span: Span, position: int, token_id: int, reason: FinishReason | None
-    ) -> SequenceOutput:
-        sequence = span.sequence
+    def _first_output(self, sequence: Sequence, token_id: int) -> SequenceOutput:
         self.num_output_tokens += 1
-        if span.start + span.length > len(sequence.request.token_ids):
-            return SequenceOutput(
-                request_id=sequence.request.request_id,
-                position=position,
-                token_ids=[token_id],
-                finish_reason=reason,
-            )
         return SequenceOutput(
             request_id=sequence.request.request_id,
-            position=position,
+            position=sequence.position - 1,
             token_ids=[token_id],
-            finish_reason=reason,
+            finish_reason=sequence.end_reason,
             cached_tokens=sequence.cached_tokens,
             queue_s=sequence.started_at - sequence.added_at,
             compute_s=self._clock() - sequence.started_at,
@@ -405,22 +398,21 @@ class Scheduler:
 
     def _commit(self, sequence: Sequence) -> None:
         """Offer newly full pages to the prefix cache and take its pages over where it had them already."""
-        num_full = sequence.num_computed // self._cache.page_size
+        size, first = self._cache.page_size, sequence.num_committed
+        num_full = sequence.num_computed // size
         if num_full <= sequence.num_offered:
             return
         assert sequence.node is not None
         commit = self._cache.commit(
-            sequence.tokens[: num_full * self._cache.page_size],
-            # A copy: the row is written below.
-            sequence.pages[:num_full].copy(),
+            sequence.tokens[first * size : num_full * size],
+            sequence.pages[first:num_full],
             sequence.request.cache_salt,
             sequence.node,
-            sequence.num_committed,
         )
         sequence.node = commit.node
         sequence.num_offered = num_full
-        sequence.num_committed = len(commit.page_ids)
-        sequence.pages[: len(commit.page_ids)] = commit.page_ids
+        sequence.num_committed = first + len(commit.page_ids)
+        sequence.pages[first : sequence.num_committed] = commit.page_ids
         if len(commit.surplus):
             self._give_back_after(sequence.last_step, commit.surplus)
 
@@ -489,6 +481,7 @@ class Scheduler:
         if sequence.state is not State.ENDED:
             del self._in[sequence.state][request_id]
         sequence.state = state
+        sequence.progress["is_decoding"] = state is State.DECODING
         if state is State.ENDED:
             del self._sequences[request_id]
         else:

@@ -28,7 +28,7 @@ class Commit(NamedTuple):
     node: int
     """Locked in place of the node that was passed in."""
     page_ids: PageIds
-    """The pages that the cache holds for the sequence from its start; the holder's row must show these."""
+    """The pages that the cache holds in place of those offered; the holder's row must show these."""
     surplus: PageIds
     """The holder's own pages that duplicated cached ones: still private, to be given back by him."""
 
@@ -95,23 +95,20 @@ class KvCache:
         self._num_private += n
         return page_ids
 
-    def commit(
-        self, token_ids: Tokens, page_ids: PageIds, salt: str, node: int, num_committed: int
-    ) -> Commit:
-        """Offer a sequence's full pages, all computed, to the prefix cache.
+    def commit(self, token_ids: Tokens, page_ids: PageIds, salt: str, node: int) -> Commit:
+        """Offer a sequence's newly full pages, all computed, to the prefix cache.
 
         Args:
             token_ids: The tokens of `page_ids`, whole pages.
-            page_ids: The sequence's pages from its start; the first `num_committed` are the cache's already.
+            page_ids: The sequence's pages that follow those of `node`.
             salt: Separates prompts that must not share pages.
-            node: The lock that the sequence holds so far; traded for the returned one.
-            num_committed: Length of the last `Commit.page_ids` or of the match.
+            node: The lock that the sequence holds so far, of a match or commit; traded for the returned one.
         """
-        new_node, canonical = self.prefix.insert(token_ids, page_ids, salt)
+        new_node, canonical = self.prefix.insert(token_ids, page_ids, salt, node)
         self.prefix.lock(new_node)
         self.prefix.unlock(node)
-        own = page_ids[num_committed : len(canonical)]
-        is_ours = own == canonical[num_committed:]
+        own = page_ids[: len(canonical)]
+        is_ours = own == canonical
         self._disown(own[is_ours])
         return Commit(new_node, canonical, own[~is_ours])
 
@@ -137,7 +134,7 @@ class KvCache:
             )
 
     def _disown(self, page_ids: PageIds) -> None:
-        if not self._is_private[page_ids].all():
+        if np.count_nonzero(self._is_private[page_ids]) != len(page_ids):
             raise InvariantBroken(f"pages given up by one who does not hold them: {page_ids.tolist()}")
         self._is_private[page_ids] = False
         self._num_private -= len(page_ids)

@@ -69,12 +69,15 @@ class PrefixCache(Protocol):
     def unlock(self, node: int) -> None:
         """Undo one `lock`."""
 
-    def insert(self, token_ids: Tokens, page_ids: PageIds, salt: str = "") -> tuple[int, PageIds]:
+    def insert(
+        self, token_ids: Tokens, page_ids: PageIds, salt: str = "", after: int = 0
+    ) -> tuple[int, PageIds]:
         """Offer the full pages of `token_ids`; returns the node and the canonical page ids.
 
-        Where another page already stood for a position, its id comes back and the caller keeps
-        his own. A cache may keep fewer pages than offered: then fewer ids come back, and the
-        pages past them stay the caller's.
+        They follow the prefix that `after` names, which must be locked and of that salt. Where
+        another page already stood for a position, its id comes back and the caller keeps his own. A
+        cache may keep fewer pages than offered: then fewer ids come back, and the pages past them
+        stay the caller's.
         """
 
     def evict(self, num_pages: int) -> PageIds:
@@ -113,7 +116,9 @@ class NoPrefixCache:
     def unlock(self, node: int) -> None:
         """Nothing was protected."""
 
-    def insert(self, token_ids: Tokens, page_ids: PageIds, salt: str = "") -> tuple[int, PageIds]:
+    def insert(
+        self, token_ids: Tokens, page_ids: PageIds, salt: str = "", after: int = 0
+    ) -> tuple[int, PageIds]:
         """Keep none of the pages."""
         return 0, NO_PAGES
 

@@ -46,12 +46,13 @@ class Worker {
   explicit Worker(std::uint64_t seed) : random_(seed) {}
 
   void step() {
-    switch (random_.below(6)) {
+    switch (random_.below(7)) {
       case 0:
       case 1: insert(); break;
       case 2: match_and_lock(); break;
       case 3: unlock(); break;
       case 4: evict(random_.below(6)); break;
+      case 5: extend(); break;
       default: drain(); break;
     }
     CHECK_SOUND(tree_);
@@ -88,6 +89,27 @@ class Worker {
     CHECK(prefix.pages == pages);
     CHECK((prefix.node == 0) == pages.empty());
     for (std::size_t i = 0; i < pages.size(); ++i) twin_.pages[Twin::key(salt, tokens, i + 1)] = pages[i];
+  }
+
+  // As an insert of the whole, told of what is new alone.
+  void extend() {
+    if (locks_.empty()) return;
+    const Lock& lock = locks_[random_.below(locks_.size())];
+    const std::vector<Token> more = random_prompt(random_);
+    std::vector<PageId> pages(more.size() / kPageSize);
+    for (PageId& page : pages) page = next_page_++;
+    std::vector<Token> tokens = lock.tokens;
+    tokens.insert(tokens.end(), more.begin(), more.end());
+    const std::size_t num_before = lock.tokens.size() / kPageSize;
+    const std::vector<PageId> held = twin_.match(lock.salt, tokens);
+    const std::optional<RadixTree::Prefix> prefix = tree_.extend(lock.node, more, pages);
+    std::copy(held.begin() + static_cast<std::ptrdiff_t>(num_before), held.end(), pages.begin());
+    CHECK(prefix && prefix->pages == pages);
+    CHECK_SOUND(tree_);
+    CHECK(prefix->node == tree_.match(tokens, lock.salt).node);
+    for (std::size_t i = 0; i < pages.size(); ++i) {
+      twin_.pages[Twin::key(lock.salt, tokens, num_before + i + 1)] = pages[i];
+    }
   }
 
   void match_and_lock() {

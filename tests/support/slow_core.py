@@ -54,14 +54,11 @@ class SlowRadixTree:
     def num_locked_pages(self):
         return sum(node.locks > 0 for node in self._nodes.values())
 
-    def _walk(self, token_ids, salt):
+    def _walk(self, token_ids, salt, after=0):
         size = self._page_size
         for i in range(len(token_ids) // size):
-            yield (
-                (salt, *token_ids[i * size : (i + 1) * size].tolist())
-                if i == 0
-                else tuple(token_ids[i * size : (i + 1) * size].tolist())
-            )
+            key = tuple(token_ids[i * size : (i + 1) * size].tolist())
+            yield key if i or after else (salt, *key)
 
     def _touch(self, node):
         self._clock += 1
@@ -95,10 +92,11 @@ class SlowRadixTree:
             assert node.locks > 0
             node.locks -= 1
 
-    def insert(self, token_ids, page_ids, salt=""):
+    def insert(self, token_ids, page_ids, salt="", after=0):
         assert len(page_ids) == len(token_ids) // self._page_size
-        node, children, pages = None, self._roots, []
-        for key, page in zip(self._walk(token_ids, salt), page_ids.tolist(), strict=True):
+        node = self._nodes[after] if after else None
+        children, pages = node.children if node else self._roots, []
+        for key, page in zip(self._walk(token_ids, salt, after), page_ids.tolist(), strict=True):
             if key not in children:
                 self._clock += 1
                 children[key] = _Node(self._clock, node, key, page)

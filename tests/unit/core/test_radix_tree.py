@@ -89,6 +89,21 @@ class TreeAgainstModel(RuleBasedStateMachine):
             self.locks.append((node, self.model.prefixes(salt, tokens)[-1]))
 
     @precondition(lambda self: self.locks)
+    @rule(data=st.data(), more=tokens_of)
+    def insert_after(self, data: st.DataObject, more: list[int]) -> None:
+        """The same as inserting the whole, told of what is new alone."""
+        node, (salt, tokens) = data.draw(st.sampled_from(self.locks))
+        own = [next(self.new_pages) for _ in range(len(more) // self.model.page_size)]
+        longer, canonical = self.tree.insert(array(more), array(own), salt, after=node)
+        num_before = len(tokens) // self.model.page_size
+        before = [self.model.page[prefix] for prefix in self.model.prefixes(salt, list(tokens))]
+        whole = self.model.insert(salt, [*tokens, *more], before + own)
+        assert canonical.tolist() == whole[num_before:]
+        assert own or longer == node
+        self.tree.lock(longer)
+        self.locks.append((longer, self.model.prefixes(salt, [*tokens, *more])[-1]))
+
+    @precondition(lambda self: self.locks)
     @rule(data=st.data())
     def unlock(self, data: st.DataObject) -> None:
         node, _ = self.locks.pop(data.draw(st.integers(0, len(self.locks) - 1)))
@@ -168,6 +183,8 @@ def test_a_stale_node_is_refused() -> None:
     tree = RadixTree(2)
     node, _ = tree.insert(array([1, 2, 3, 4]), array([7, 8]))
     assert tree.evict(1).tolist() == [8]
+    with pytest.raises(ValueError, match="was evicted"):
+        tree.insert(array([5, 6]), array([9]), after=node)
     with pytest.raises(ValueError, match="was evicted"):
         tree.lock(node)
     with pytest.raises(ValueError, match="is not locked"):

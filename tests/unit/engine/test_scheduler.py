@@ -295,6 +295,20 @@ def test_abort_can_keep_the_pages_until_release() -> None:
     assert driver.in_use == 0
 
 
+# --- ends ------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_ends_at_its_own_end_tokens_alone() -> None:
+    """Also where a client names tokens that no model has."""
+    driver = Driver()
+    end = greedy((1, 2, 3), 3)[-1]
+    driver.add("ends", stop_token_ids=(end, VOCAB, 2**31 - 1, -1))
+    driver.add("goes on")
+    events = driver.run()
+    ends = [(e.request_id, e.position, e.finish_reason) for e in events if e.finish_reason]
+    assert ends == [("ends", greedy((1, 2, 3), 8).index(end), "stop"), ("goes on", 7, "length")]
+
+
 # --- out of pages ----------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ def cache(request: pytest.FixtureRequest) -> KvCache:
 def commit(cache: KvCache, token_ids: np.ndarray, salt: str = "") -> tuple[int, np.ndarray]:
     """Compute a prompt of whole pages that shares nothing; returns its lock and pages."""
     pages = cache.take(len(token_ids) // PAGE_SIZE)
-    done = cache.commit(token_ids, pages, salt, 0, 0)
+    done = cache.commit(token_ids, pages, salt, 0)
     assert len(done.surplus) == 0
     return done.node, done.page_ids
 
@@ -37,7 +37,7 @@ def test_a_page_is_free_then_in_use_then_cached_then_free_again(cache: KvCache) 
     assert counts(cache) == (8, 0, 0)
     pages = cache.take(3)
     assert counts(cache) == (5, 0, 3)
-    done = cache.commit(tokens(8), pages[:2], "", 0, 0)
+    done = cache.commit(tokens(8), pages[:2], "", 0)
     assert counts(cache) == (5, 0, 3)
     cache.unlock(done.node)
     assert counts(cache) == (5, 2, 1)
@@ -94,7 +94,7 @@ def test_salts_share_nothing(cache: KvCache) -> None:
 def test_the_second_to_compute_a_page_keeps_its_own_and_is_shown_the_first(cache: KvCache) -> None:
     node, first = commit(cache, tokens(8))
     second = cache.take(3)
-    done = cache.commit(tokens(12), second, "", 0, 0)
+    done = cache.commit(tokens(12), second, "", 0)
     assert done.page_ids.tolist() == [*first.tolist(), second[2]]
     assert done.surplus.tolist() == second[:2].tolist()
     assert counts(cache) == (3, 0, 5)
@@ -130,7 +130,7 @@ def test_the_audit_notices_a_page_in_two_places(cache: KvCache) -> None:
 def test_without_a_prefix_cache_pages_stay_private() -> None:
     cache = make_cache(num_pages=8, page_size=PAGE_SIZE, prefix="none")
     pages = cache.take(3)
-    done = cache.commit(tokens(12), pages, "", 0, 0)
+    done = cache.commit(tokens(12), pages, "", 0)
     assert done == (0, pytest.approx(np.empty(0)), pytest.approx(np.empty(0)))
     assert cache.match(tokens(12), "", 12).num_tokens == 0
     assert counts(cache) == (5, 0, 3)

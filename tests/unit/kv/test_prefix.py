@@ -46,7 +46,20 @@ def test_random_use_keeps_every_promise(name: str) -> None:
         token_ids = np.array([rng.randint(0, 1) for _ in range(rng.randint(0, 12))], np.int32)
         salt = rng.choice(["", "x"])
         action = rng.random()
-        if action < 0.4 and len(free) >= len(token_ids) // 2:
+        if action < 0.2 and locks and len(free) >= len(token_ids) // 2:
+            # As `insert` of the whole.
+            before, held_pages = rng.choice(locks)
+            offered = np.array(rng.sample(free, len(token_ids) // 2), np.int32)
+            prefix_salt, prefix_ids = owned[held_pages[-1]] if held_pages else (salt, ())
+            node, pages = cache.insert(token_ids, offered, prefix_salt, before)
+            for i, page in enumerate(pages.tolist()):
+                prefix = (prefix_salt, (*prefix_ids, *token_ids[: 2 * i + 2].tolist()))
+                assert owned.setdefault(page, prefix) == prefix
+                assert page not in free or page == offered[i], "a page from nowhere"
+                free = [other for other in free if other != page]
+            cache.lock(node)
+            locks.append((node, held_pages + pages.tolist()))
+        elif action < 0.4 and len(free) >= len(token_ids) // 2:
             offered = np.array(rng.sample(free, len(token_ids) // 2), np.int32)
             node, pages = cache.insert(token_ids, offered, salt)
             for i, page in enumerate(pages.tolist()):

@@ -26,9 +26,7 @@ class Bench:
         match = self.cache.match(tokens, "", len(tokens))
         pages = self.cache.take(num_pages - len(match.page_ids))
         assert pages is not None
-        commit = self.cache.commit(
-            tokens, np.concatenate((match.page_ids, pages)), "", match.node, len(match.page_ids)
-        )
+        commit = self.cache.commit(tokens[match.num_tokens :], pages, "", match.node)
         self.cache.unlock(commit.node)
         return tokens.tolist()
 
