@@ -3,7 +3,7 @@
 // Every warp has a ring of stages in shared memory, loads its units by TMA and consumes them itself:
 // no barrier between warps until the end. 192 KB an SM are in flight, six times what 4.3 TB/s and 1 us
 // of latency need, so that a warp may stop for a new row's query (about 1 us) with its loads still
-// running: its fair share is one unit of 8 KB in 2 us, of which computing takes about a quarter.
+// running: its fair share is one unit of 8 KB in 2 us, of which computing takes about a sixth.
 //
 //   S^T [16 tokens, 8 heads] = K [16, d] Q^T [d, 8]        m16n8k16; query heads padded to 8
 //   O^T [d, 8 heads]        += V^T [d, 16] P^T [16, 8]

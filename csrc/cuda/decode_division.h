@@ -113,7 +113,7 @@ DISAGG_HOST_DEVICE DecodeStart start_of(const DecodeDivision& division, int cta,
   const std::int64_t begun_from = end - 1 - begun.unit, begun_to = begun_from + begun.units;
   start.borders = {division.cta_of(ended_from), division.cta_of(ended_to - 1), cta, division.cta_of(begun_to - 1)};
   if (start.count == 0) return start;
-  start.has_all_ended = ended_from < begin && from == begin && (ended_to <= to || to == end);
+  start.has_all_ended = ended_from < begin && from == begin && ended_to <= to;
   start.has_all_begun = begun_to > end && to == end && begun_from >= from;
   const DecodePlace place = place_of(from);
   start.entry = place.entry;

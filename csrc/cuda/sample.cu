@@ -351,7 +351,9 @@ class Draw {
   }
 
  private:
-  __device__ unsigned start_of(int i) const { return static_cast<unsigned>(part_.first + i) * kTokenFactor + key_lower_; }
+  __device__ unsigned start_of(int i) const {
+    return static_cast<unsigned>(part_.first + i) * kTokenFactor + key_lower_;
+  }
 
   // The token of a group that has, about, the highest score.
   __device__ int likeliest_of(int i) const {
