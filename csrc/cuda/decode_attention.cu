@@ -3,7 +3,7 @@
 // Every warp has a ring of stages in shared memory, loads its units by TMA and consumes them itself:
 // no barrier between warps until the end. 192 KB an SM are in flight, six times what 4.3 TB/s and 1 us
 // of latency need, so that a warp may stop for a new row's query (about 1 us) with its loads still
-// running: its fair share is one unit of 8 KB in 2 us, of which computing takes about a quarter.
+// running: its fair share is one unit of 8 KB in 2 us, of which computing takes about a sixth.
 //
 //   S^T [16 tokens, 8 heads] = K [16, d] Q^T [d, 8]        m16n8k16; query heads padded to 8
 //   O^T [d, 8 heads]        += V^T [d, 16] P^T [16, 8]
@@ -11,8 +11,11 @@
 // A unit lies in shared memory as [k/v][d / 64][token][64], each row of 128 bytes swizzled by TMA, so
 // that ldmatrix has no bank conflict. A row's maximum is raised only when a score exceeds it by 2^8.
 //
-// A warp that has a whole (row, head) writes it. Pieces are merged in the CTA at its end, what
-// crosses CTAs by the last of them to arrive; always in the order of the tokens.
+// A warp that has a whole (row, head) writes it. Pieces of several warps are merged in the CTA at its
+// end. A CTA's part of what crosses CTAs is left in the workspace as soon as it is complete: what an
+// earlier CTA began usually early, by the one warp that has it. The last to arrive merges, head by head,
+// and mostly waits for nobody: the next CTA has long left its part. Always in the order of the tokens,
+// so that it does not matter who merges.
 #include "cuda/decode_attention.h"
 
 #include <cuda.h>
@@ -36,6 +39,7 @@ constexpr int kThreads = 32 * kDecodeWarps;
 constexpr int kHeads = 8;      // query heads of a KV head, padded
 constexpr int kTile = 64;      // elements of a swizzled row of 128 bytes
 constexpr int kPieces = 2;     // unfinished ones of a warp or a CTA
+constexpr int kAtOnce = 8;     // parts of CTAs whose loads are on their way together
 constexpr float kRaiseAt = 8;  // log2 by which a score may exceed the maximum that it is taken relative to
 constexpr uint32_t kAll = 0xffffffffu;
 
@@ -105,6 +109,14 @@ __device__ __forceinline__ float exp2_of(float x) {
   return result;
 }
 
+// Adds one, and tells what was there. Orders what this thread knows to be written before it, and what
+// whoever added earlier had written before what this thread reads after it.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 template <class T>
 struct Math;
 
@@ -151,8 +163,7 @@ __device__ __forceinline__ Record load_record(const Record* from) {
 
 // Of the grid that a shape asks for. All parts are multiples of 16 bytes.
 struct Workspace {
-  DecodeDivision* division;
-  uint32_t* arrived;      // [num_sms] CTAs that have left their piece of what CTA i began; 0 between runs
+  uint32_t* arrived;      // [num_sms, kHeads] CTAs that have left their part of what CTA i began; 0 between runs
   DecodeStart* starts;    // [num_sms, kDecodeWarps]
   DecodeRow* rows;        // [max_rows + 1] the last is followed by one without KV
   float2* weights;        // [num_sms, kPieces, kHeads] maximum (log2) and sum of a piece
@@ -166,8 +177,7 @@ struct Workspace {
       part = reinterpret_cast<Item*>(next);
       next += (count * sizeof(Item) + 15) / 16 * 16;
     };
-    take(division, 1);
-    take(arrived, sms);
+    take(arrived, sms * kHeads);
     take(starts, sms * kDecodeWarps);
     take(rows, static_cast<std::size_t>(shape.max_rows) + 1);
     take(weights, sms * kPieces * kHeads);
@@ -188,7 +198,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   wait_for_earlier_kernels();
 
-  for (int i = threadIdx.x; i < max_ctas; i += kPlanThreads) space.arrived[i] = 0;
+  for (int i = threadIdx.x; i < max_ctas * kHeads; i += kPlanThreads) space.arrived[i] = 0;
   // Both sums at once: rows that have KV in the upper half, their units in the lower.
   uint64_t before = 0;
   for (int base = 0; base < rows; base += kPlanThreads) {
@@ -220,10 +230,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int entries = static_cast<int>(before >> 32);
   const auto units = static_cast<int64_t>(before & kAll) * num_kv_heads;
   const DecodeDivision division = DecodeDivision::of(units, entries, max_ctas);
-  if (threadIdx.x == 0) {
-    *space.division = division;
-    space.rows[entries] = {};
-  }
+  if (threadIdx.x == 0) space.rows[entries] = {};
   for (int i = threadIdx.x; i < max_ctas * kDecodeWarps; i += kPlanThreads)
     space.starts[i] = start_of(division, i / kDecodeWarps, i % kDecodeWarps, firsts, space.rows, num_kv_heads);
   // `run` reads this before it waits for its own predecessor, but not before this block has ended.
@@ -251,18 +258,21 @@ struct Layout {
   static constexpr int kStages = 24 * 1024 / kUnitBytes;  // of a warp
   static constexpr int kRow = kDim + 4;                   // padded: a fragment's stores meet no bank twice
 
-  using Sums = float[kHeads][kRow];
   alignas(1024) unsigned char ring[kDecodeWarps][kStages][kUnitBytes];
-  Sums sums[kDecodeWarps];  // of the piece that a warp ends but did not begin; the one that it began is
-                            // its last, and takes the ring's place
   float2 weights[kDecodeWarps][kPieces][kHeads];
   DecodePiece pieces[kDecodeWarps][kPieces];
   uint64_t barriers[kDecodeWarps][kStages];
-  int is_last[kPieces];
+  // Then [kDecodeWarps, group, kRow]: the sums of the piece that a warp ends but did not begin. The one
+  // that it began is its last, and takes the ring's place.
 
-  static_assert(sizeof(Sums) <= kStages * kUnitBytes);
-  __device__ Sums& sums_of(int warp, int slot) {
-    return slot == 0 ? sums[warp] : *reinterpret_cast<Sums*>(&ring[warp][0][0]);
+  static_assert(kHeads * kRow * sizeof(float) <= kStages * kUnitBytes);
+  static constexpr std::size_t bytes(int group) {
+    return sizeof(Layout) + sizeof(float) * static_cast<std::size_t>(kDecodeWarps * group * kRow);
+  }
+  // [group, kRow]
+  __device__ float* sums_of(int warp, int slot, int group) {
+    return slot == 0 ? reinterpret_cast<float*>(this + 1) + warp * group * kRow
+                     : reinterpret_cast<float*>(&ring[warp][0][0]);
   }
 };
 
@@ -426,12 +436,13 @@ struct State {
   }
 
   // Requires: complete().
-  __device__ __forceinline__ void leave(typename Layout<kDim>::Sums& to, float2 (&weights)[kHeads]) const {
+  __device__ __forceinline__ void leave(float* to, float2 (&weights)[kHeads], int group) const {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) to[column + j % 2][i * 16 + row + j / 2 * 8] = sums[i][j];
+      for (int j = 0; j < 4; ++j)
+        if (column + j % 2 < group) to[(column + j % 2) * Layout<kDim>::kRow + i * 16 + row + j / 2 * 8] = sums[i][j];
     if (row == 0) {
       weights[column] = {maximum[0], total[0]};
       weights[column + 1] = {maximum[1], total[1]};
@@ -477,11 +488,15 @@ struct Merged {
   float sums[kWidth] = {};
   float total = 0;
 
-  __device__ __forceinline__ void add(const float (&piece)[kWidth], float2 weight, float maximum) {
-    const float by = exp2_of(weight.x - maximum);
-    total += weight.y * by;
+  __device__ __forceinline__ void add(const float (&piece)[kWidth], float piece_total, float by) {
+    total += piece_total * by;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums[i] += piece[i] * by;
+  }
+  __device__ __forceinline__ void scale(float by) {
+    total *= by;
+#pragma unroll
+    for (float& sum : sums) sum *= by;
   }
   __device__ __forceinline__ void write(char* head) const {
     const float by = 1 / total;
@@ -522,17 +537,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cta = static_cast<int>(blockIdx.x);
 
   let_next_kernel_start();
+  if (lane == 0) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
   const DecodeStart start = load_record(p.space.starts + cta * kDecodeWarps + warp);
   const uint32_t ring = shared_address(&shared.ring[warp][0][0]);
   const uint32_t barriers = shared_address(&shared.barriers[warp][0]);
   if (lane == 0) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
     for (int i = 0; i < Shared::kStages; ++i) init_barrier(barriers + i * 8);
     fence_barriers();
     for (int i = 0; i < kPieces; ++i) shared.pieces[warp][i] = {};
   }
   __syncwarp();
 
+  const int own = cta * kDecodeWarps + warp, own_kv_len = own < p.rows ? __ldcg(p.kv_lens + own) : 0;
   Loads<kDim> loads(p, &map, start, ring, barriers);
   int loaded = 0;
   for (; loaded < Shared::kStages && loads.pending() && !loads.is_newest(); ++loaded) loads.issue(loaded);
@@ -542,11 +558,66 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto out_of = [&p](int row, int kv_head, int head) {
     return p.out + row * p.out_stride + static_cast<int64_t>(kv_head * p.group + head) * (kDim * 2);
   };
-  for (int row = cta * kDecodeWarps + warp; row < p.rows; row += static_cast<int>(gridDim.x) * kDecodeWarps) {
-    if (__ldcg(p.kv_lens + row) > 0) continue;
+  for (int row = own; row < p.rows; row += static_cast<int>(gridDim.x) * kDecodeWarps) {
+    if ((row == own ? own_kv_len : __ldcg(p.kv_lens + row)) > 0) continue;
     uint4* to = reinterpret_cast<uint4*>(out_of(row, 0, 0));
     for (int i = lane; i < p.num_heads * kDim / 8; i += 32) to[i] = uint4{};
   }
+
+  // Where a CTA leaves its part of a query head of what crosses its border.
+  const auto place_of = [](int part, int slot, int head) {
+    return (static_cast<int64_t>(part) * kPieces + slot) * kHeads + head;
+  };
+  const auto leave_part = [&](int slot, int head, const float (&sums)[kWidth], float2 weight) {
+    const int64_t place = place_of(cta, slot, head);
+    float2* to = reinterpret_cast<float2*>(p.space.sums + place * kDim + lane * kWidth);
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) to[i] = {sums[2 * i], sums[2 * i + 1]};
+    if (lane == 0) p.space.weights[place] = weight;
+  };
+  // Tells that this CTA's parts of these query heads are left, and merges those that are complete by
+  // that. The other lanes' stores come before a lane's release by __syncwarp, as do the acquire before
+  // the other lanes' loads. The counter's 0 is for the next run, which waits for the end of this grid.
+  const auto publish = [&](int slot, uint32_t heads, int row, int kv_head) {
+    const int first = start.borders.first(slot), parts = start.borders.parts(slot);
+    __syncwarp();
+    bool is_last = false;
+    if ((heads >> lane & 1) != 0) {
+      uint32_t* counter = p.space.arrived + first * kHeads + lane;
+      is_last = arrive(counter) == static_cast<uint32_t>(parts - 1);
+      if (is_last) *counter = 0;
+    }
+    uint32_t complete = __ballot_sync(kAll, is_last);
+    __syncwarp();
+    for (; complete != 0; complete &= complete - 1) {
+      const int head = __ffs(static_cast<int>(complete)) - 1;
+      Result result;
+      float maximum = -INFINITY;
+#pragma unroll 1
+      for (int base = 0; base < parts; base += kAtOnce) {
+        float sums[kAtOnce][kWidth];
+        float2 weights[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          weights[i] = {-INFINITY, 0};
+#pragma unroll
+          for (float& sum : sums[i]) sum = 0;
+          if (base + i >= parts) continue;
+          const int64_t place = place_of(first + base + i, base + i == 0 ? 1 : 0, head);
+          weights[i] = __ldcg(p.space.weights + place);
+          copy_past_l1(sums[i], p.space.sums + place * kDim + lane * kWidth);
+        }
+        float highest = maximum;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) highest = fmaxf(highest, weights[i].x);
+        if (base != 0) result.scale(exp2_of(maximum - highest));
+        maximum = highest;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) result.add(sums[i], weights[i].y, exp2_of(weights[i].x - maximum));
+      }
+      result.write(out_of(row, kv_head, head));
+    }
+  };
 
   const Fragments at = Fragments::of<kDim>(lane);
   DecodeRow row = start.row;
@@ -573,12 +644,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (++stage == Shared::kStages) stage = 0, parity ^= 1;
     }
     state.complete();
-    const DecodePiece piece{row.row, head, row.first, units, begin, end};
+    const DecodePiece piece{row.row, head, units, begin, end};
     if (piece.is_whole()) {
       state.write(out_of(row.row, head, 0), p.group);
     } else {
-      state.leave(shared.sums_of(warp, piece.slot()), shared.weights[warp][piece.slot()]);
-      if (lane == 0) shared.pieces[warp][piece.slot()] = piece;
+      const int slot = piece.slot();
+      float* left_sums = shared.sums_of(warp, slot, p.group);
+      state.leave(left_sums, shared.weights[warp][slot], p.group);
+      if (!start.has_all(slot)) {
+        if (lane == 0) shared.pieces[warp][slot] = piece;
+      } else {
+        __syncwarp();
+        for (int i = 0; i < p.group; ++i) {
+          float sums[kWidth];
+          copy(sums, left_sums + i * Shared::kRow + lane * kWidth);
+          leave_part(slot, i, sums, shared.weights[warp][slot][i]);
+        }
+        publish(slot, (1u << p.group) - 1, row.row, head);
+      }
     }
     if (left == 0) break;
     unit = 0;
@@ -589,93 +672,43 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
-  // Merge the warps' pieces: each warp takes one query head. Everything but that is uniform in the CTA.
-  DecodePiece open[kPieces] = {};
-  for (int i = 0; i < kDecodeWarps * kPieces;) {
-    DecodePiece whole = shared.pieces[i / kPieces][i % kPieces];
-    int next = i + 1;
-    if (whole.begin == whole.end) {
-      i = next;
-      continue;
-    }
-    float maximum = shared.weights[i / kPieces][i % kPieces][warp].x;
-    for (; next < kDecodeWarps * kPieces; ++next) {
-      const DecodePiece& other = shared.pieces[next / kPieces][next % kPieces];
-      if (other.begin == other.end) continue;
-      if (!other.continues(whole)) break;
-      whole.end = other.end;
-      maximum = fmaxf(maximum, shared.weights[next / kPieces][next % kPieces][warp].x);
-    }
-    if (warp < p.group) {
-      Result result;
-      for (; i < next; ++i) {
-        const DecodePiece& part = shared.pieces[i / kPieces][i % kPieces];
-        if (part.begin == part.end) continue;
-        float sums[kWidth];
-        copy(sums, &shared.sums_of(i / kPieces, i % kPieces)[warp][lane * kWidth]);
-        result.add(sums, shared.weights[i / kPieces][i % kPieces][warp], maximum);
-      }
-      if (whole.is_whole()) {
-        result.write(out_of(whole.row, whole.head, warp));
-      } else {
-        const int64_t place = (static_cast<int64_t>(cta) * kPieces + whole.slot()) * kHeads + warp;
-        float2* to = reinterpret_cast<float2*>(p.space.sums + place * kDim + lane * kWidth);
-#pragma unroll
-        for (int j = 0; j < kWidth / 2; ++j) to[j] = {result.sums[2 * j], result.sums[2 * j + 1]};
-        if (lane == 0) p.space.weights[place] = {maximum, result.total};
-      }
-    }
-    i = next;
-#pragma unroll
-    for (int slot = 0; slot < kPieces; ++slot)
-      if (!whole.is_whole() && whole.slot() == slot) open[slot] = whole;
-  }
-  if (open[0].begin == open[0].end && open[1].begin == open[1].end) return;
+  // Merge the warps' pieces, in order: a piece that has a beginning starts one to be merged, as does the
+  // first. A lane looks at each; the warps take query heads in turn.
+  DecodePiece piece{};
+  if (lane < kDecodeWarps * kPieces) piece = shared.pieces[lane / kPieces][lane % kPieces];
+  const bool is_there = piece.begin != piece.end;
+  const uint32_t pieces = __ballot_sync(kAll, is_there);
+  const uint32_t starts = __ballot_sync(kAll, is_there && piece.begin == 0) | (pieces & -pieces);
+  for (int item = warp; item < __popc(starts) * p.group; item += kDecodeWarps) {
+    const int head = item % p.group;
+    uint32_t from = starts;
+    for (int i = item / p.group; i > 0; --i) from &= from - 1;
+    const uint32_t later = from & (from - 1);
+    const uint32_t members = pieces & ~((from & -from) - 1) & (later != 0 ? (later & -later) - 1 : kAll);
+    const int first = __ffs(static_cast<int>(members)) - 1, last = 31 - __clz(static_cast<int>(members));
 
-  // Leave what crosses CTAs, and merge what is complete by that. The counter is of the CTA that began it.
-  const DecodeDivision division = load_record(p.space.division);
-  int from_cta[kPieces], to_cta[kPieces];
-#pragma unroll
-  for (int slot = 0; slot < kPieces; ++slot) {
-    const int64_t first = open[slot].first_unit(p.num_kv_heads);
-    from_cta[slot] = division.cta_of(first);
-    to_cta[slot] = division.cta_of(first + open[slot].units - 1);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-#pragma unroll
-    for (int slot = 0; slot < kPieces; ++slot) {
-      shared.is_last[slot] = 0;
-      if (open[slot].begin == open[slot].end) continue;
-      uint32_t* arrived = p.space.arrived + from_cta[slot];
-      if (atomicAdd(arrived, 1u) != static_cast<uint32_t>(to_cta[slot] - from_cta[slot])) continue;
-      shared.is_last[slot] = 1;
-      *arrived = 0;
-    }
-    __threadfence();
-  }
-  __syncthreads();
-  if (warp >= p.group) return;
-#pragma unroll
-  for (int slot = 0; slot < kPieces; ++slot) {
-    if (shared.is_last[slot] == 0) continue;
-    const auto place_of = [&](int part) {
-      return (static_cast<int64_t>(part) * kPieces + (part == from_cta[slot] ? 1 : 0)) * kHeads + warp;
-    };
-    float maximum = -INFINITY;
-    for (int part = from_cta[slot] + lane; part <= to_cta[slot]; part += 32)
-      maximum = fmaxf(maximum, __ldcg(p.space.weights + place_of(part)).x);
+    float2 weight{-INFINITY, 0};
+    if ((members >> lane & 1) != 0) weight = shared.weights[lane / kPieces][lane % kPieces][head];
+    float maximum = weight.x;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kAll, maximum, step));
+    const float by = exp2_of(weight.x - maximum);
     Result result;
-#pragma unroll 8
-    for (int part = from_cta[slot]; part <= to_cta[slot]; ++part) {
+    for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
+      const int i = __ffs(static_cast<int>(rest)) - 1;
       float sums[kWidth];
-      copy_past_l1(sums, p.space.sums + place_of(part) * kDim + lane * kWidth);
-      result.add(sums, __ldcg(p.space.weights + place_of(part)), maximum);
+      copy(sums, shared.sums_of(i / kPieces, i % kPieces, p.group) + head * Shared::kRow + lane * kWidth);
+      result.add(sums, __shfl_sync(kAll, weight.y, i), __shfl_sync(kAll, by, i));
     }
-    result.write(out_of(open[slot].row, open[slot].head, warp));
+    const DecodePiece whole{__shfl_sync(kAll, piece.row, first), __shfl_sync(kAll, piece.head, first),
+                            __shfl_sync(kAll, piece.units, first), __shfl_sync(kAll, piece.begin, first),
+                            __shfl_sync(kAll, piece.end, last)};
+    if (whole.is_whole()) {
+      result.write(out_of(whole.row, whole.head, head));
+    } else {
+      leave_part(whole.slot(), head, result.sums, {maximum, result.total});
+      publish(whole.slot(), 1u << head, whole.row, whole.head);
+    }
   }
 }
 
@@ -776,9 +809,11 @@ cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention:
   CUtensorMap map;
   cudaError_t error = encode(shape, run, &map);
   if (error != cudaSuccess) return error;
-  constexpr std::size_t kBytes = sizeof(Layout<kDim>);
-  static_assert(kBytes <= 227 * 1024);
-  error = cudaFuncSetAttribute(decode_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static_assert(Layout<kDim>::bytes(kHeads) <= 227 * 1024);
+  // With fewer heads there is room for blocks of the kernel before, each of which takes a KB at least.
+  const std::size_t bytes = Layout<kDim>::bytes(shape.group());
+  error = cudaFuncSetAttribute(decode_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const Params params{.space = Workspace(shape, run.workspace),
                       .q = static_cast<const char*>(run.q),
@@ -798,7 +833,7 @@ cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention:
   const Launch how{.blocks = static_cast<unsigned>(shape.num_sms),
                    .threads = kThreads,
                    .stream = stream,
-                   .shared_bytes = kBytes};
+                   .shared_bytes = static_cast<unsigned>(bytes)};
   return launch(decode_kernel<T, kDim>, how, map, params);
 }
 

@@ -48,6 +48,18 @@ struct alignas(16) DecodeDivision {
   }
 };
 
+// What of a CTA's work crosses its borders: slot 0 is the (row, head) that an earlier CTA began, slot 1
+// the one that this CTA begins and a later one ends. Without one, the slot's CTAs mean nothing.
+struct alignas(16) DecodeBorders {
+  int first_ended, last_ended, first_begun, last_begun;  // CTAs that have a part of it
+
+  // Without an index, so that they stay in registers.
+  DISAGG_HOST_DEVICE int first(int slot) const { return slot == 0 ? first_ended : first_begun; }
+  DISAGG_HOST_DEVICE int parts(int slot) const {
+    return slot == 0 ? last_ended - first_ended + 1 : last_begun - first_begun + 1;
+  }
+};
+
 // Where a warp begins, with its row's facts, so that it starts with one load.
 struct alignas(16) DecodeStart {
   int entry;  // of the list of rows that have KV
@@ -55,6 +67,11 @@ struct alignas(16) DecodeStart {
   int unit;   // of that (row, head)
   int count;  // units that this warp takes; 0: it has no work, and the rest means nothing
   DecodeRow row;
+  DecodeBorders borders;  // of the CTA
+  // Whether this warp has all that its CTA has of the slot.
+  int has_all_ended, has_all_begun, unused[2];
+
+  DISAGG_HOST_DEVICE bool has_all(int slot) const { return (slot == 0 ? has_all_ended : has_all_begun) != 0; }
 };
 
 // `firsts[entry]` is that row's `first`. Requires: 0 <= unit < units of all.
@@ -71,24 +88,44 @@ DISAGG_HOST_DEVICE int entry_of(std::int64_t unit, const int* firsts, int rows, 
   return low;
 }
 
+// Where a unit lies: of which entry, head, and how far in.
+struct DecodePlace {
+  int entry, head, unit, units;
+
+  DISAGG_HOST_DEVICE static DecodePlace of(std::int64_t at, const DecodeDivision& division, const int* firsts,
+                                           const DecodeRow* rows, int num_kv_heads) {
+    const int entry = entry_of(at, firsts, division.rows, num_kv_heads), units = units_of(rows[entry].kv_len);
+    const auto within = static_cast<int>(at - static_cast<std::int64_t>(firsts[entry]) * num_kv_heads);
+    return {entry, within / units, within % units, units};
+  }
+};
+
 DISAGG_HOST_DEVICE DecodeStart start_of(const DecodeDivision& division, int cta, int warp, const int* firsts,
                                         const DecodeRow* rows, int num_kv_heads) {
   DecodeStart start{};
   if (cta >= division.ctas) return start;
-  const std::int64_t from = division.warp_begin(cta, warp);
-  start.count = static_cast<int>(division.warp_begin(cta, warp + 1) - from);
+  const std::int64_t from = division.warp_begin(cta, warp), to = division.warp_begin(cta, warp + 1);
+  start.count = static_cast<int>(to - from);
+  const auto place_of = [&](std::int64_t unit) { return DecodePlace::of(unit, division, firsts, rows, num_kv_heads); };
+  const std::int64_t begin = division.begin(cta), end = division.begin(cta + 1);
+  const DecodePlace ended = place_of(begin), begun = place_of(end - 1);
+  const std::int64_t ended_from = begin - ended.unit, ended_to = ended_from + ended.units;
+  const std::int64_t begun_from = end - 1 - begun.unit, begun_to = begun_from + begun.units;
+  start.borders = {division.cta_of(ended_from), division.cta_of(ended_to - 1), cta, division.cta_of(begun_to - 1)};
   if (start.count == 0) return start;
-  start.entry = entry_of(from, firsts, division.rows, num_kv_heads);
-  start.row = rows[start.entry];
-  const auto within = static_cast<int>(from - static_cast<std::int64_t>(start.row.first) * num_kv_heads);
-  start.head = within / units_of(start.row.kv_len);
-  start.unit = within % units_of(start.row.kv_len);
+  start.has_all_ended = ended_from < begin && from == begin && ended_to <= to;
+  start.has_all_begun = begun_to > end && to == end && begun_from >= from;
+  const DecodePlace place = place_of(from);
+  start.entry = place.entry;
+  start.head = place.head;
+  start.unit = place.unit;
+  start.row = rows[place.entry];
   return start;
 }
 
 // Units [begin, end) of one (row, head): what a warp, or a CTA, knows of it.
 struct DecodePiece {
-  int row, head, first, units;  // `first` and `units`: of the row, as above
+  int row, head, units;  // `units`: of the (row, head)
   int begin, end;               // nothing where they are equal
 
   DISAGG_HOST_DEVICE bool continues(const DecodePiece& before) const {
@@ -97,9 +134,6 @@ struct DecodePiece {
   DISAGG_HOST_DEVICE bool is_whole() const { return begin == 0 && end == units; }
   // A CTA has at most two unfinished pieces: one that an earlier CTA began, and one that it begins.
   DISAGG_HOST_DEVICE int slot() const { return begin == 0 ? 1 : 0; }
-  DISAGG_HOST_DEVICE std::int64_t first_unit(int num_kv_heads) const {
-    return static_cast<std::int64_t>(first) * num_kv_heads + static_cast<std::int64_t>(head) * units;
-  }
 };
 
 }  // namespace disagg::cuda

@@ -90,9 +90,15 @@ struct Launch {
 };
 
 // Launches nothing when there are no blocks. `kernel` begins with `begin()`.
+//
+// An SM's split of L1 and shared memory is changed only while the SM is empty. All kernels ask for the
+// split that decode attention needs, so that its blocks can come in beside those of the kernel before.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {
   if (how.blocks == 0 || how.blocks_y == 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

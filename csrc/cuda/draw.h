@@ -19,15 +19,31 @@ namespace disagg::cuda {
 inline constexpr float kGreedyBelow = 1e-5f;
 inline constexpr std::uint32_t kTokenFactor = 0x9E3779B1u;
 
-// 31 random bits of a token. `start` is `token * kTokenFactor + the key's lower half`.
-DISAGG_HOST_DEVICE std::uint32_t noise_bits(std::uint32_t start, std::uint32_t key_upper) {
+inline constexpr std::uint32_t kLastFactor = 0xC2B2AE35u;
+
+DISAGG_HOST_DEVICE std::uint32_t noise_before_last(std::uint32_t start, std::uint32_t key_upper) {
   std::uint32_t x = start;
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   x = (x ^ (x >> 16)) + key_upper;
   x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
-  x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+  return x ^ (x >> 13);
+}
+
+// 31 random bits of a token. `start` is `token * kTokenFactor + the key's lower half`.
+DISAGG_HOST_DEVICE std::uint32_t noise_bits(std::uint32_t start, std::uint32_t key_upper) {
+  const std::uint32_t x = noise_before_last(start, key_upper) * kLastFactor;
   return (x ^ (x >> 16)) & 0x7FFFFFFFu;
+}
+
+// The upper 15 of those, in the upper 15 here; below is anything. The last step leaves them as they are.
+DISAGG_HOST_DEVICE std::uint32_t noise_top(std::uint32_t start, std::uint32_t key_upper) {
+  return noise_before_last(start, key_upper) * (2 * kLastFactor);
+}
+
+// `noise_top` is below this for all whose bits are below `bits` or equal.
+DISAGG_HOST_DEVICE std::uint32_t top_limit(std::uint32_t bits) {
+  return bits >= 0x7FFF0000u ? ~0u : ((bits >> 16) + 1) << 17;
 }
 
 // The logarithm of the exponential noise that the bits make.

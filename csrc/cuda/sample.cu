@@ -2,8 +2,12 @@
 // its logits are read once. The blocks meet by pushing 8-byte words into each other's memory.
 //
 // 256 rows of 151,936 bfloat16 are 78 MB: 18 us at an H200's 4.3 TB/s. Drawing hashes every token that
-// could still win, 15 integer operations each at 64 a cycle and multiprocessor: 39 us where the logits
-// are so flat that none can be left out. The noise itself is computed for the few whose hash is low enough.
+// could still win, with 13 operations of the integer units, which do 64 a cycle and multiprocessor: 33 us
+// where the logits are so flat that none can be left out. A group of 8 tokens is compared with one bound;
+// the noise itself is computed for the few whose hash is low enough.
+//
+// A block spends three times as long waiting (for its logits, twice for its cluster) as it computes, so
+// five share a multiprocessor.
 #include "cuda/sample.h"
 
 #include <algorithm>
@@ -16,7 +20,8 @@ namespace disagg::cuda {
 namespace {
 
 constexpr int kBlocks = 8;
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
+constexpr int kSeeds = 64;  // threads that find the first scores
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kGroup = 8;  // tokens that a thread looks at together
 constexpr int kSums = 3;   // pivots of a round of the search
@@ -25,7 +30,11 @@ constexpr float kLog2e = 1.44269504f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 using Word = unsigned long long;
-static_assert(kWarps == 16 && kSums * sizeof(double) == kSums * sizeof(Word));
+static_assert(kSums * sizeof(double) == kSums * sizeof(Word));
+
+// Blocks of a multiprocessor; more float32 logits do not fit.
+template <class T>
+constexpr int kBlocksAtOnce = sizeof(T) == 2 ? 5 : 2;
 
 // Bits of an ordered float that are the same in all values of a type, rounded down to an even number.
 template <class T>
@@ -319,7 +328,7 @@ class Draw {
   __device__ Word best() {
     const int groups = part_.num_groups();
     // The first scores give the threshold that leaves most others out.
-    if (threadIdx.x < groups) score(threadIdx.x * kGroup);
+    if (threadIdx.x < min(kSeeds, groups)) score(threadIdx.x * kGroup + likeliest_of(threadIdx.x));
     __syncthreads();
     for (int i = threadIdx.x; i < groups; i += kThreads) {
       const float threshold = unordered(*const_cast<volatile unsigned*>(&threshold_));
@@ -327,12 +336,13 @@ class Draw {
       const Group<T> group = part_.group(i);
       const float top = group.max();
       // Even bits of 0, which stand for half a unit, would not do.
-      if (top < lowest_ || fmaf(top, per_logit_, exponent) < -1.0f) continue;
+      const float top_exponent = fmaf(top, per_logit_, exponent);
+      if (top < lowest_ || top_exponent < -1.0f) continue;
       const unsigned start = start_of(i * kGroup);
-      bool any = false;
+      unsigned least = ~0u;
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) any |= may_win(start + j * kTokenFactor, group[j], exponent);
-      if (!any) continue;
+      for (int j = 0; j < kGroup; ++j) least = min(least, noise_top(start + j * kTokenFactor, key_upper_));
+      if (least >= top_limit(__float2uint_ru(exp2_fast(top_exponent)))) continue;
 #pragma unroll 1
       for (int j = 0; j < kGroup; ++j)
         if (may_win(start + j * kTokenFactor, to_float(part_.logits[i * kGroup + j]), exponent)) score(i * kGroup + j);
@@ -341,7 +351,24 @@ class Draw {
   }
 
  private:
-  __device__ unsigned start_of(int i) const { return static_cast<unsigned>(part_.first + i) * kTokenFactor + key_lower_; }
+  __device__ unsigned start_of(int i) const {
+    return static_cast<unsigned>(part_.first + i) * kTokenFactor + key_lower_;
+  }
+
+  // The token of a group that has, about, the highest score.
+  __device__ int likeliest_of(int i) const {
+    const Group<T> group = part_.group(i);
+    const unsigned start = start_of(i * kGroup);
+    float highest = kMinusInfinity;
+    int likeliest = 0;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const auto bits = static_cast<float>(static_cast<int>(noise_bits(start + j * kTokenFactor, key_upper_)));
+      const float about = fmaf(group[j], per_logit_, -__log2f(bits + 0.5f));
+      if (about > highest) highest = about, likeliest = j;
+    }
+    return likeliest;
+  }
 
   __device__ bool may_win(unsigned start, float logit, float exponent) const {
     return static_cast<float>(static_cast<int>(noise_bits(start, key_upper_))) <
@@ -369,26 +396,29 @@ class Draw {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const SampleArgs args, int part_size, bool is_aligned) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
+    sample_kernel(const SampleArgs args, int part_size, bool is_aligned) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Shared shared;
   const int row = blockIdx.x / kBlocks, rank = blockIdx.x % kBlocks;
   begin();
   const std::int32_t slot = args.slots[row];
+  const float temperature = args.temperature[row], top_p = args.top_p[row], min_p = args.min_p[row];
+  const int top_k = args.top_k[row];
+  const unsigned key_lower = args.keys[2 * row], key_upper = args.keys[2 * row + 1];
   if (slot < 0) return;  // the whole cluster
   if (threadIdx.x == 0) shared.threshold = kOrderedMinusInfinity;
   Cluster cluster(shared, rank);
   const int first = min(rank * part_size, args.vocab);
   const Part<T> part{reinterpret_cast<T*>(memory), first, min(part_size, args.vocab - first)};
   load(part, static_cast<const T*>(args.logits) + row * args.stride, is_aligned);
-  const Scale scale{highest(part, cluster), args.temperature[row]};
+  const Scale scale{highest(part, cluster), temperature};
   std::int32_t token;
   if (scale.temperature < kGreedyBelow) {
     token = find(part, scale.max, cluster);
   } else {
-    const float lowest =
-        lowest_of_row(part, scale, args.vocab, args.top_k[row], args.top_p[row], args.min_p[row], cluster);
-    Draw<T> draw(part, scale, lowest, args.keys[2 * row], args.keys[2 * row + 1], shared.threshold);
+    const float lowest = lowest_of_row(part, scale, args.vocab, top_k, top_p, min_p, cluster);
+    Draw<T> draw(part, scale, lowest, key_lower, key_upper, shared.threshold);
     const Word best = cluster.max(draw.best());
     token = best == 0 ? 0 : static_cast<std::int32_t>(~static_cast<unsigned>(best));  // none: NaN
   }
@@ -410,8 +440,8 @@ cudaError_t sample(DType dtype, const SampleArgs& args, std::int64_t rows, cudaS
   return with_type(dtype, [&]<class T>() {
     const int part_size = div_up(args.vocab, kBlocks * kGroup) * kGroup;
     const auto shared_bytes = static_cast<unsigned>(part_size * sizeof(T));
-    const cudaError_t error =
-        cudaFuncSetAttribute(sample_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(sample_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
     const Launch how{.blocks = static_cast<unsigned>(rows * kBlocks),
                      .threads = kThreads,

@@ -34,6 +34,21 @@ void test_the_hash_is_that_of_the_host_sampler() {
   CHECK(log_exponential(0x7FFFFFFFu) == kInfinity);  // u rounds to 1: never drawn
 }
 
+// What the kernel leaves out by the upper bits alone could not have won; little else is let through.
+void test_the_top_of_the_hash_is_below_the_limit_of_all_higher_bits() {
+  std::mt19937 random(9);
+  for (int i = 0; i < 100000; ++i) {
+    const std::uint32_t start = random(), key = random(), bits = noise_bits(start, key), top = noise_top(start, key);
+    CHECK(top < top_limit(bits));
+    if (bits < 0x7FFF0000u) CHECK(top < top_limit(bits + random() % (0x7FFFFFFFu - bits)));
+    if (bits >= 0x10000u) CHECK(top >= top_limit(bits - 0x10000u));
+  }
+  CHECK(top_limit(0) == 0x20000u);
+  CHECK(top_limit(0x7FFEFFFFu) == 0xFFFE0000u);
+  CHECK(top_limit(0x7FFF0000u) == ~0u);
+  CHECK(top_limit(~0u) == ~0u);
+}
+
 void test_keys_are_in_the_order_of_floats() {
   const std::vector<float> values = floats_in_order();
   for (std::size_t i = 0; i < values.size(); ++i) {
@@ -99,6 +114,7 @@ void test_the_lowest_kept_logit_is_where_the_scaled_one_reaches_the_floor() {
 
 int main() {
   test_the_hash_is_that_of_the_host_sampler();
+  test_the_top_of_the_hash_is_below_the_limit_of_all_higher_bits();
   test_keys_are_in_the_order_of_floats();
   test_pivots_divide_floats_as_keys_do();
   test_two_bits_a_round_find_the_kth_largest();

@@ -38,7 +38,7 @@ struct Plan {
     DecodeStart at = start(cta, warp);
     while (at.count > 0) {
       const int units = units_of(at.row.kv_len), end = std::min(units, at.unit + at.count);
-      found.push_back({at.row.row, at.head, at.row.first, units, at.unit, end});
+      found.push_back({at.row.row, at.head, units, at.unit, end});
       at.count -= end - at.unit;
       at.unit = 0;
       if (at.count > 0 && ++at.head == num_kv_heads) {
@@ -103,12 +103,14 @@ void shares_differ_by_one_unit() {
   });
 }
 
-// A CTA has one slot for what it ends and one for what it begins; who merges counts the CTAs in between.
+// A CTA has one slot for what it ends and one for what it begins, and knows who has the other parts of
+// those; a warp knows whether it has all of its CTA's part.
 void pieces_that_cross_ctas_have_their_own_slots_and_are_counted() {
-  over_random_plans([](const std::vector<int>&, int heads, int max_ctas, const Plan& plan) {
+  over_random_plans([](const std::vector<int>&, int, int max_ctas, const Plan& plan) {
     std::map<std::pair<int, int>, std::vector<std::pair<int, DecodePiece>>> parts;  // of each (row, head)
     for (int cta = 0; cta < max_ctas; ++cta) {
       std::vector<DecodePiece> merged;
+      std::vector<std::vector<int>> takers;  // of each of those
       for (int warp = 0; warp < kDecodeWarps; ++warp) {
         int unfinished[2] = {};
         for (const DecodePiece& piece : plan.pieces(cta, warp)) {
@@ -116,28 +118,36 @@ void pieces_that_cross_ctas_have_their_own_slots_and_are_counted() {
           if (!merged.empty() && piece.continues(merged.back())) {
             CHECK(merged.back().end == piece.begin);
             merged.back().end = piece.end;
+            takers.back().push_back(warp);
           } else {
             merged.push_back(piece);
+            takers.push_back({warp});
           }
         }
       }
       int unfinished[2] = {};
-      for (const DecodePiece& piece : merged) {
+      bool has_all[kDecodeWarps][2] = {};
+      for (std::size_t i = 0; i < merged.size(); ++i) {
+        const DecodePiece& piece = merged[i];
         if (piece.is_whole()) continue;
         CHECK(++unfinished[piece.slot()] == 1);
         parts[{piece.row, piece.head}].push_back({cta, piece});
+        if (takers[i].size() == 1) has_all[takers[i].front()][piece.slot()] = true;
       }
+      for (int warp = 0; warp < kDecodeWarps; ++warp)
+        for (int slot = 0; slot < 2; ++slot) CHECK(plan.start(cta, warp).has_all(slot) == has_all[warp][slot]);
     }
-    for (const auto& [key, found] : parts) {
-      const DecodePiece& any = found.front().second;
-      const int from = plan.division.cta_of(any.first_unit(heads));
-      const int to = plan.division.cta_of(any.first_unit(heads) + any.units - 1);
-      CHECK(static_cast<int>(found.size()) == to - from + 1);
+    for (const auto& [key, found] : parts)
       for (std::size_t i = 0; i < found.size(); ++i) {
-        CHECK(found[i].first == from + static_cast<int>(i));
-        CHECK(found[i].second.slot() == (i == 0 ? 1 : 0));
+        const auto& [cta, piece] = found[i];
+        CHECK(piece.slot() == (i == 0 ? 1 : 0));
+        CHECK(cta == found.front().first + static_cast<int>(i));
+        for (int warp = 0; warp < kDecodeWarps; ++warp) {
+          const DecodeBorders borders = plan.start(cta, warp).borders;
+          CHECK(borders.first(piece.slot()) == found.front().first);
+          CHECK(borders.parts(piece.slot()) == static_cast<int>(found.size()));
+        }
       }
-    }
   });
 }
 
