@@ -31,7 +31,7 @@ quick: lint .venv/.installed ## Lint, types and unit tests
 	$(PY) -m pytest tests/unit tests/regressions -n $(CORES)
 
 gpu-test: ## Tests of the CUDA kernels, on a GPU; PY=python3 for another environment than .venv
-	$(PY) -m pytest tests/gpu $(ARGS)
+	$(PY) -m pytest tests/gpu tests/integration/test_transfer_processes.py -m gpu $(ARGS)
 
 e2e: .venv/.installed ## End-to-end tests on the cluster of the current kubeconfig, which must have the image disagg:dev
 	$(PY) -m pytest tests/e2e --timeout 1200 $(ARGS)

@@ -7,7 +7,7 @@ the prefill ranks to the last notification at the decode ranks. Beside it, from 
     layer-major  the same bytes pushed from and into pools laid out [layer, k/v, page, …], as other
                  engines lay them out: one descriptor for each page, layer, and K or V
 
-    python benchmarks/kv_transfer.py [--pages 1 16 64 256] [--repeat 9] [--tcp]
+    python benchmarks/kv_transfer.py [--pages 1 16 64 256] [--repeat 9] [--tcp | --cuda]
 """
 
 import argparse
@@ -36,7 +36,7 @@ from disagg.transfer import (
     pairs,
     plan_transfer,
 )
-from support.kv_ranks import Rank, hello_of
+from support.kv_ranks import DEVICE, Rank, hello_of
 
 SMOLLM2 = KvLayout(page_size=16, num_kv_heads=3, num_layers=30, head_dim=64, dtype="bfloat16", tp_size=1)
 LLAMA_8B = KvLayout(page_size=16, num_kv_heads=8, num_layers=32, head_dim=128, dtype="bfloat16", tp_size=1)
@@ -143,9 +143,31 @@ def layer_major_pages(pages: list[int], num_pages: int, num_layers: int) -> list
     return [plane * num_pages + page for plane in range(2 * num_layers) for page in pages]
 
 
-def memcpy(layout: KvLayout, num_pages: int, counts: list[int], repeat: int) -> dict[int, Measured]:
+def gpu_copy(num_pages: int, page_bytes: int, counts: list[int], repeat: int) -> dict[int, Measured]:
+    """Copy pages within the GPU by one kernel."""
+    import torch
+
+    source = torch.ones(num_pages, page_bytes // 8, dtype=torch.int64, device="cuda")
+    target = torch.zeros_like(source)
+
+    def copy(pages: list[int], targets: list[int]) -> float:
+        where = [torch.tensor(ids, device="cuda") for ids in (pages, targets)]
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.index_copy_(0, where[1], source[where[0]])
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return {count: timed(copy, count, num_pages, page_bytes, repeat) for count in counts}
+
+
+def memcpy(
+    layout: KvLayout, num_pages: int, counts: list[int], repeat: int, on_gpu: bool
+) -> dict[int, Measured]:
     """Copy pages one by one within this process."""
     page_bytes = PageLayout.of(layout).page_bytes
+    if on_gpu:
+        return gpu_copy(num_pages, page_bytes, counts, repeat)
     source, target = np.ones((num_pages, page_bytes), np.uint8), np.zeros((num_pages, page_bytes), np.uint8)
 
     def copy(pages: list[int], targets: list[int]) -> float:
@@ -175,12 +197,14 @@ def compare(name: str, layout: KvLayout, sizes: list[tuple[int, int]], options: 
     """Print one model's table."""
     counts, num_pages = options.pages, max(options.pages)
     environ = {"UCX_TLS": "tcp,self"} if options.tcp else {}
+    if options.cuda:
+        environ = {DEVICE: "cuda"}
     kib = PageLayout.of(layout).page_bytes // 1024
     print(f"\n{name}: {kib} KiB a page, {options.repeat} pushes each, scattered pages")
     columns = ("median ms", "best ms", "writes ms")
     titles = " ".join(f"{title:>9}" for title in columns)
     print(f"{'':22}{'pages':>6} {'MB':>7} {'descr.':>7} {titles} {'GB/s':>6}  of memcpy")
-    plain = memcpy(layout, num_pages, counts, options.repeat)
+    plain = memcpy(layout, num_pages, counts, options.repeat, options.cuda)
 
     def show(label: str, count: int, measured: Measured) -> None:
         share = plain[count].best_ms / measured.best_ms
@@ -211,8 +235,10 @@ def main() -> None:
     parser.add_argument("--pages", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--tcp", action="store_true", help="hold UCX to TCP, as between hosts without RDMA")
+    parser.add_argument("--cuda", action="store_true", help="pools on the GPU, all on one")
     options = parser.parse_args()
     lane = "TCP over loopback" if options.tcp else "what UCX chooses on one host"
+    lane += ", pools on one GPU" if options.cuda else ""
     print(f"KV transfer on {len(os.sched_getaffinity(0))} cores, {lane}.")
     print("A push is timed from its submission at the prefill ranks to the last decode rank's notification.")
     for name, layout, sizes in CASES:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from disagg.errors import LinkLost, TransferError, TransferTimeout
@@ -31,7 +32,7 @@ from disagg.transfer import (
     pairs,
     process_start_time,
 )
-from support.kv_ranks import Rank, hello_of
+from support.kv_ranks import DEVICE, Rank, hello_of
 from support.system import eventually
 from support.transfer import make_layout
 
@@ -39,9 +40,14 @@ KEY = ("t", 1)
 NUM_PAGES = 16
 BIG = make_layout(num_kv_heads=6, num_layers=8, page_size=16, head_dim=64)
 """393 KiB a page: pushes that last long enough to be interrupted."""
-LANES: list[Mapping[str, str]] = [{}, {"UCX_TLS": "tcp,self"}]
-"""What UCX chooses by itself on one host, and what it has between hosts without RDMA."""
-by_lane = pytest.mark.parametrize("environ", LANES, ids=["same host", "tcp"])
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"))
+LANES = [
+    pytest.param({}, id="same host"),
+    pytest.param({"UCX_TLS": "tcp,self"}, id="tcp"),
+    pytest.param({DEVICE: "cuda"}, id="gpu", marks=on_gpu),
+]
+"""What UCX chooses by itself on one host, what it has between hosts without RDMA, and pools on one GPU."""
+by_lane = pytest.mark.parametrize("environ", LANES)
 
 Bytes = NDArray[np.uint8]
 MakeRank = Callable[..., Rank]
@@ -76,14 +82,15 @@ def push(
     )
 
 
+@pytest.mark.parametrize("environ", [LANES[0], LANES[2]])
 @pytest.mark.parametrize(("source_tp", "target_tp"), [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
 def test_pages_arrive_byte_by_byte_whatever_the_tensor_parallel_sizes(
-    make_rank: MakeRank, source_tp: int, target_tp: int
+    make_rank: MakeRank, source_tp: int, target_tp: int, environ: Mapping[str, str]
 ) -> None:
     """Nothing is permuted or staged, so a wrong offset would be served as wrong text."""
     here, there = make_layout(tp_size=source_tp), make_layout(tp_size=target_tp)
-    sources = [make_rank("p", rank, here, seed=rank + 1) for rank in range(source_tp)]
-    targets = [make_rank("d", rank, there) for rank in range(target_tp)]
+    sources = [make_rank("p", rank, here, seed=rank + 1, environ=environ) for rank in range(source_tp)]
+    targets = [make_rank("d", rank, there, environ=environ) for rank in range(target_tp)]
     hello = hello_of("decode-0", "d", there, targets)
     for target in targets:
         target.submit(AwaitKv(+1))

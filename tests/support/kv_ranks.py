@@ -27,6 +27,9 @@ from disagg.transfer import (
     process_start_time,
 )
 
+DEVICE = "KV_RANKS_DEVICE"
+"""In a rank's environment: `cuda` puts its pool on the GPU."""
+
 E = TypeVar("E")
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -138,6 +141,7 @@ class _Answers:
         self.pool = np.zeros(shape, np.uint8)
         if seed is not None:
             self.pool[:] = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        self.on_gpu = _on_gpu(self.pool) if os.environ.get(DEVICE) == "cuda" else None
         self.layout, self.rank, self.num_pages = layout, rank, num_pages
         self.events: queue.SimpleQueue[tuple[Event, float]] = queue.SimpleQueue()
         self.main, endpoint = self._make(uuid)
@@ -145,7 +149,7 @@ class _Answers:
         pipe.send(endpoint)
 
     def _make(self, uuid: str) -> tuple[TransferThread, RankEndpoint]:
-        memory = PoolMemory.of_array(self.pool)
+        memory = PoolMemory.of_array(self.pool) if self.on_gpu is None else PoolMemory.of_tensor(self.on_gpu)
         thread = TransferThread(
             lambda: make_transport("nixl", uuid=uuid, rank=self.rank, pool=memory),
             self.layout,
@@ -167,10 +171,12 @@ class _Answers:
             return None
 
     def pages(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return self.pool
+        return self.pool if self.on_gpu is None else self.on_gpu.cpu().numpy()
 
     def fill(self, seed: int) -> None:
         self.pool[:] = np.random.default_rng(seed).integers(0, 256, self.pool.shape, np.uint8)
+        if self.on_gpu is not None:
+            self.on_gpu = _on_gpu(self.pool, self.on_gpu)
 
     def open_another(self, uuid: str) -> RankEndpoint:
         """A second transfer agent over the same pool: a peer that comes and goes, without a process."""
@@ -195,6 +201,15 @@ class _Answers:
         before, began = time.process_time(), time.monotonic()
         time.sleep(over_s)
         return (time.process_time() - before) / (time.monotonic() - began)
+
+
+def _on_gpu(pool: np.ndarray[Any, np.dtype[np.uint8]], into: Any = None) -> Any:
+    import torch
+
+    into = torch.empty(pool.shape, dtype=torch.uint8, device="cuda") if into is None else into
+    into.copy_(torch.from_numpy(pool))
+    torch.cuda.synchronize()
+    return into
 
 
 def _be_rank(
