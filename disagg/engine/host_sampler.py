@@ -76,7 +76,9 @@ def _top_p_floor(scaled: Logits, k: int, top_p: float, floor: float) -> float:
         ranked = np.exp(top - top[0]).astype(np.float64)
         total = ranked.sum()
         if width < k:
-            total = np.exp(scaled[scaled >= floor] - top[0]).sum(dtype=np.float64)
+            # The share is of what top_k kept.
+            kept = scaled if k == vocab else np.partition(scaled, vocab - k)[vocab - k :]
+            total = np.exp(kept[kept >= floor] - top[0]).sum(dtype=np.float64)
         # Probability of all likelier tokens: a token is kept while that is below top_p.
         before = np.cumsum(ranked) - ranked
         num_kept = max(1, int(np.count_nonzero(before < top_p * total)))

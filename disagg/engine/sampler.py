@@ -132,13 +132,15 @@ def _floor_within(
     ranked = top.masked_fill(~is_kept, -torch.inf)
     needs_all = _column(k > width, device)
     total = torch.where(needs_all, scaled.logsumexp(-1, keepdim=True), ranked.logsumexp(-1, keepdim=True))
+    is_partial = (k > width) & (k < scaled.shape[-1])  # the share is of what top_k kept, which is not seen here
     # Probability of all likelier tokens: a token is kept while that is below top_p.
     share = (ranked - total).exp().double()
     before = share.cumsum(-1) - share
     keeps_all = _column(top_p >= 1, device)  # and not what rounds up to 1
     is_kept &= (before < _column(top_p, device)) | keeps_all
     num_kept = is_kept.sum(-1, keepdim=True).clamp(min=1)
-    decided = (k <= width) | (num_kept[:, 0] < width).cpu().numpy() | (width == scaled.shape[-1])
+    is_enough = (num_kept[:, 0] < width).cpu().numpy() & ~is_partial
+    decided = (k <= width) | is_enough | (width == scaled.shape[-1])
     return top.gather(-1, num_kept - 1), decided
 
 

@@ -65,6 +65,8 @@ FILTERS = [
     {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
     {"min_p": 0.3, "top_p": 0.99, "temperature": 2.0},
     {"top_p": 0.99, "temperature": 50.0},  # flat: the likeliest 1,024 do not reach it
+    {"top_k": 2000, "top_p": 0.3, "temperature": 50.0},  # a share of the 2,000, not of all
+    {"top_k": 2000, "top_p": 0.6, "temperature": 50.0},
 ]
 
 
