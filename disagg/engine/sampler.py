@@ -132,7 +132,8 @@ def _floor_within(
     ranked = top.masked_fill(~is_kept, -torch.inf)
     needs_all = _column(k > width, device)
     total = torch.where(needs_all, scaled.logsumexp(-1, keepdim=True), ranked.logsumexp(-1, keepdim=True))
-    is_partial = (k > width) & (k < scaled.shape[-1])  # the share is of what top_k kept, which is not seen here
+    # Of these the share is of what top_k kept, which is not seen whole here.
+    is_partial = (k > width) & (k < scaled.shape[-1])
     # Probability of all likelier tokens: a token is kept while that is below top_p.
     share = (ranked - total).exp().double()
     before = share.cumsum(-1) - share
