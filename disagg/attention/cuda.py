@@ -6,6 +6,7 @@ from torch import Tensor
 from disagg.attention.base import AttentionSizes
 from disagg.attention.batch import AttentionBatch
 from disagg.errors import ConfigError
+from disagg.layers.kernels import why_no_cuda_kernels
 
 
 class CudaDecode:
@@ -16,13 +17,10 @@ class CudaDecode:
 
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where this build has no CUDA kernels or they do not take these sizes."""
-        try:
-            from disagg._cuda import DecodeAttention
-        except ImportError as error:
-            raise ConfigError(
-                f"attention_backend cuda is not in this build ({error}): nvcc was not found when it was "
-                "installed; use fi"
-            ) from error
+        if (reason := why_no_cuda_kernels()) is not None:
+            raise ConfigError(f"attention_backend cuda has no kernels here: {reason}; use auto")
+        from disagg._cuda import DecodeAttention
+
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         layout = sizes.layout
         heads = (sizes.num_qo_heads, layout.num_heads, layout.head_dim)

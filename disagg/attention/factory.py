@@ -12,6 +12,7 @@ from disagg.attention.cuda import CudaDecode
 from disagg.attention.phased import PhasedAttention
 from disagg.attention.reference import ReferenceAttention
 from disagg.errors import ConfigError
+from disagg.layers.kernels import why_no_cuda_kernels
 
 Phase = Literal["prefill", "decode"]
 
@@ -59,7 +60,7 @@ def _pick(name: str, phase: Phase, device: torch.device, sizes: AttentionSizes) 
         return name
     if device.type == "cpu":
         return "cpu"
-    if phase == "decode" and find_spec("disagg._cuda") is not None:
+    if phase == "decode" and why_no_cuda_kernels() is None:
         return "cuda"
     return "fi" if find_spec("flashinfer") is not None and flashinfer.takes(sizes) else "reference"
 

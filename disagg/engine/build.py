@@ -6,10 +6,8 @@
 `build_engine` does both for a group of one.
 """
 
-import logging
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from math import prod
 
 import torch
@@ -25,11 +23,10 @@ from disagg.engine.ranks import LeadingRunner
 from disagg.engine.runner import ModelRunner
 from disagg.errors import ConfigError
 from disagg.kv import KvCache, PageLayout
+from disagg.layers.kernels import why_no_cuda_kernels
 from disagg.models import Decoder, ModelSpec, check_tensor_parallel, load_model, load_spec
 from disagg.parallel import TensorParallel
 from disagg.protocol import KvLayout
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_POOL_BYTES = 1 << 30
@@ -127,10 +124,7 @@ def load_rank(
 def _make_runner(
     decoder: Decoder, attention: AttentionBackend, pool: Tensor, engine: EngineConfig, sizes: AttentionSizes
 ) -> Runner:
-    if decoder.device.type == "cpu" or decoder.tp.size > 1:
-        return ModelRunner(decoder, attention, pool, engine.block_size)
-    if find_spec("disagg._cuda") is None:
-        log.warning("this build has no CUDA kernels, as nvcc was not found: steps run operator by operator")
+    if decoder.device.type == "cpu" or decoder.tp.size > 1 or why_no_cuda_kernels() is not None:
         return ModelRunner(decoder, attention, pool, engine.block_size)
     from disagg.engine.cuda_runner import CudaRunner
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from disagg.layers import cpu_ops, torch_ops
+from disagg.layers.kernels import why_no_cuda_kernels
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,11 @@ def _ops_for(x: Tensor) -> _Ops:
 @functools.cache
 def _ops_of_cuda() -> _Ops:
     """Load the CUDA kernels, once and only where a CUDA tensor is."""
-    try:
-        from disagg.layers import cuda_ops
-    except ImportError as error:
-        log.warning("no CUDA kernels (%s): torch serves, several times slower; build with an nvcc", error)
+    if (reason := why_no_cuda_kernels()) is not None:
+        log.warning("no CUDA kernels, torch serves, several times slower: %s", reason)
         return torch_ops
+    from disagg.layers import cuda_ops
+
     return cuda_ops
 
 
