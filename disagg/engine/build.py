@@ -34,6 +34,8 @@ STEP_TOKENS = {"cuda": 1024, "cpu": 256}
 """Few enough for a step to end within a fraction of a second: aborts and decodes wait that long."""
 GPU_STEP_BYTES = 64
 """Bytes of activations that a step needs at most for each new token and each unit of the MLP's width."""
+GPU_FIXED_BYTES = 1 << 30
+"""Room for what does not grow with a step: attention's workspaces, the library handles, the graphs."""
 
 
 class Rank(Struct, frozen=True, kw_only=True):
@@ -239,7 +241,7 @@ def _pool_bytes(engine: EngineConfig, spec: ModelSpec, device: torch.device) -> 
     step = pick_step_tokens(engine, device) * spec.intermediate_size * GPU_STEP_BYTES
     # Logits of every sequence, as float32 and in a few copies while they are filtered.
     step += engine.max_num_seqs * spec.vocab_size * 4 * 6
-    return max(0, int(total * engine.gpu_memory_utilization) - (total - free) - step)
+    return max(0, int(total * engine.gpu_memory_utilization) - (total - free) - step - GPU_FIXED_BYTES)
 
 
 def _agree(tp: TensorParallel, num_pages: int, device: torch.device) -> int:
