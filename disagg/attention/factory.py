@@ -1,5 +1,6 @@
 """From `--attention-backend` to a backend."""
 
+import logging
 from importlib.util import find_spec
 from typing import Literal
 
@@ -13,6 +14,8 @@ from disagg.attention.phased import PhasedAttention
 from disagg.attention.reference import ReferenceAttention
 from disagg.errors import ConfigError
 from disagg.layers.kernels import why_no_cuda_kernels
+
+log = logging.getLogger(__name__)
 
 Phase = Literal["prefill", "decode"]
 
@@ -62,7 +65,12 @@ def _pick(name: str, phase: Phase, device: torch.device, sizes: AttentionSizes) 
         return "cpu"
     if phase == "decode" and why_no_cuda_kernels() is None:
         return "cuda"
-    return "fi" if find_spec("flashinfer") is not None and flashinfer.takes(sizes) else "reference"
+    if find_spec("flashinfer") is not None and flashinfer.takes(sizes):
+        return "fi"
+    log.warning(
+        "attention runs by torch for %s, many times slower: FlashInfer is missing or not for it", phase
+    )
+    return "reference"
 
 
 def _make(

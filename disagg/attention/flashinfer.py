@@ -16,10 +16,10 @@ from disagg.attention.base import AttentionSizes
 from disagg.attention.batch import AttentionBatch
 from disagg.errors import ConfigError
 from disagg.kv.views import layer_views
+from disagg.layers.kernels import HOPPER
 
 WORKSPACE_BYTES = 256 << 20
 """As FlashInfer recommends; it holds the partial results of split sequences."""
-HOPPER = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 
@@ -28,7 +28,7 @@ class FlashInferPrefill:
     """Sequences with any number of new tokens."""
 
     name = "fi"
-    capturable = True
+    capturable = False
 
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where FlashInfer is missing or takes no such model."""

@@ -33,8 +33,7 @@ class PhasedAttention:
             return
         if self._num_decodes:
             self._decode.plan(batch.sequences(0, batch.num_decodes))
-        if self._num_prefills:
-            self._prefill.plan(batch.sequences(batch.num_decodes, batch.num_sequences))
+        self._prefill.plan(batch.sequences(batch.num_decodes, batch.num_sequences))
 
     def run(self, layer: int, q: Tensor, pool: Tensor, out: Tensor) -> None:
         """Attend with the planned batch's tokens; a decode has one, so they are the first rows."""

@@ -77,6 +77,8 @@ def load_rank(
     spec = load_spec(files.path)
     check_tensor_parallel(spec, tp.size)
     device = pick_device(model.device, tp.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels are launched that name no device
     dtype = spec.dtype if model.dtype == "auto" else model.dtype
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,41 @@ from disagg.attention.batch import HostIndices
 from disagg.engine.batch import build_tensors
 from disagg.engine.draws import SamplingRows
 from disagg.engine.engine import Sampled
-from disagg.engine.plan import StepPlan, int32s
+from disagg.engine.plan import SamplePlan, StepPlan, int32s
 from disagg.engine.windows import SAMPLING_FIELDS, RowWindows, graph_sizes, sampling_arrays
 from disagg.layers import cuda_ops
 from disagg.models import Decoder
 
 log = logging.getLogger(__name__)
+
+
+def _int32s(*values: int) -> bytes:
+    return np.array(values, np.int32).tobytes()
+
+
+_ZERO = np.zeros(1, np.float32).tobytes()
+_FIRST_STEP = StepPlan(
+    step=0,
+    num_decodes=0,
+    num_tokens=1,
+    token_ids=_int32s(0),
+    slots=_int32s(0),
+    query_lens=_int32s(1),
+    kv_lens=_int32s(1),
+    page_indptr=_int32s(0, 1),
+    page_indices=_int32s(0),
+    samples=SamplePlan(
+        rows=_int32s(0),
+        temperature=_ZERO,
+        top_k=_int32s(0),
+        top_p=np.ones(1, np.float32).tobytes(),
+        min_p=_ZERO,
+        seed=np.zeros(1, np.uint64).tobytes(),
+        choice_index=_int32s(0),
+        position=_int32s(0),
+    ),
+)
+"""A prompt of one token in page 0, which is nobody's before the engine begins."""
 
 
 class _Draws(NamedTuple):
@@ -65,7 +95,17 @@ class CudaRunner:
         max_step_tokens: int,
         max_page_indices: int,
     ) -> None:
-        """Make room for the largest step and capture the graphs."""
+        """Make room for the largest step, run a first one, so that all is compiled, and capture the graphs.
+
+        Args:
+            decoder: This rank's weights.
+            attention: Reads the pool.
+            pool: This rank's pages, `[page, kv_head, layer, 2, page_size, head_dim]`; page 0 is nobody's yet.
+            page_size: Tokens.
+            max_num_seqs: Sequences of one step.
+            max_step_tokens: New tokens of one step.
+            max_page_indices: Pages of one step's sequences; a page counts once for each that has it.
+        """
         self._pool = pool
         self._decoder = decoder
         self._attention = attention
@@ -83,18 +123,21 @@ class CudaRunner:
         ]
         self._num_launched = 0
         self._taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        """The device has taken the inputs of the last step: page-locked memory may be written again."""
+        """The device has taken the last step's inputs and plan: page-locked memory may be written again."""
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         decoder.reserve(max(max_step_tokens, max_num_seqs))
         self._graphs: dict[int, _Graph] = {}
         self._sizes = graph_sizes(max_num_seqs)
         torch.cuda.synchronize(device)
+        started_at = time.monotonic()
+        self.launch(_FIRST_STEP)()
+        log.info("first step run seconds=%.1f", time.monotonic() - started_at)
         if attention.capturable:
             self._capture()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Sampled:
-        """Begin one step."""
+        """Begin one step. Ask for its tokens before the launch after next, which takes their place."""
         with torch.cuda.stream(self._stream):
             self._taken.synchronize()
             if self._graphs and plan.num_rows == plan.num_decodes:
@@ -124,8 +167,8 @@ class CudaRunner:
         graph, batch = self._graphs[size]
         end = self._windows.pack(plan, size, self._page_size, self._staging.numpy())
         self._inputs[:end].copy_(self._staging[:end], non_blocking=True)
-        self._taken.record()
         self._attention.plan(batch)
+        self._taken.record()
         graph.replay()
 
     def _capture(self) -> None:
@@ -191,12 +234,12 @@ class CudaRunner:
         slots, sampling = int32s(plan.slots), sampling_arrays(SamplingRows.of(plan.samples))
         more = {"decoding": slots[: plan.num_decodes], "sampled": slots[int32s(plan.samples.rows)]}
         tensors = build_tensors(plan, self._page_size, self._device, {**more, **sampling})
-        self._taken.record()
         token_ids, logits_at, batch, inputs = tensors
         if plan.num_decodes:
             decoding = inputs["decoding"]
             cuda_ops.gather_tokens(token_ids[: len(decoding)], decoding, self._last_tokens)
         self._attention.plan(batch)
+        self._taken.record()
         logits = self._decoder.forward(token_ids, batch, self._attention, self._pool, logits_at)
         if plan.num_samples:
             self._sample(logits, _Draws.of(inputs, inputs["sampled"]))

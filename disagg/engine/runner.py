@@ -38,6 +38,8 @@ class ModelRunner:
         self._attention.plan(batch)
         logits = self._decoder.forward(token_ids, batch, self._attention, self._pool, logits_at)
         if self._decoder.tp.rank != 0 or plan.num_samples == 0:
+            if self._decoder.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
             return list
         tokens = sample(logits, SamplingRows.of(plan.samples))
         return lambda: tokens

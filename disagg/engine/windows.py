@@ -47,7 +47,11 @@ class RowWindows:
             self.size += -(-width // 4) * 4  # windows begin at 16 bytes, where vectors may be loaded
 
     def pack(self, plan: StepPlan, num_rows: int, page_size: int, out: Int32s) -> int:
-        """Write a step of decodes alone, padded to `num_rows`; returns how much of `out` to copy."""
+        """Write a step of decodes alone, padded to `num_rows`, to `out` `[size]`.
+
+        Returns:
+            How much of `out` is to be copied.
+        """
         page_indices = int32s(plan.page_indices)
         for name, values, padding in _inputs(plan, page_size):
             begin, width = self._begins[name], num_rows * WIDTHS.get(name, 1)
@@ -67,7 +71,7 @@ class RowWindows:
             out[self._begins[name] : self._begins[name] + num_rows] = padding
 
     def view(self, name: str, buffer: Tensor, num_rows: int) -> Tensor:
-        """The window of an input in `buffer`, int32 or float32, for `num_rows`."""
+        """The window of an input in `buffer`, the bits of floats as int32, for `num_rows`."""
         begin = self._begins[name]
         match name:
             case "page_indptr":

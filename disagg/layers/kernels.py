@@ -11,7 +11,7 @@ HOPPER = (9, 0)
 
 @functools.cache
 def why_no_cuda_kernels() -> str | None:
-    """Why `disagg._cuda` does not run on the current GPU; None where it does."""
+    """Why `disagg._cuda` does not run on this process's GPU; None where it does."""
     if find_spec("disagg._cuda") is None:
         return "this build has none: no nvcc was found when it was installed"
     if not torch.cuda.is_available():

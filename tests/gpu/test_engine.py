@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from disagg.checkpoint import ModelFiles
 from disagg.config import EngineConfig, ModelConfig
 from disagg.engine.build import load_rank
 from disagg.engine.cuda_runner import CudaRunner
 from disagg.engine.runner import ModelRunner
 from disagg.llm import LLM
+from disagg.models import load_model, load_spec
 from disagg.protocol import SamplingParams
 from support.checkpoints import make_checkpoint
+from support.paged import PagedDriver, PagedSequence
 
 pytestmark = pytest.mark.gpu
 
@@ -83,18 +86,22 @@ def test_a_mixed_step_does_not_disturb_decodes(folder: Path, expected: dict[str,
 
 
 @pytest.mark.parametrize("backend", ["auto", "fi", "fi,cuda", "reference"])
-def test_bfloat16_tokens_are_near(backend: str, shape_64: Path) -> None:
-    """Tokens of a real head size; a token that differs from the reference's was a near-tie."""
-    reference = make_llm(
-        shape_64, "cuda", dtype="float32", attention_backend="reference", load_format="dummy"
-    )
-    llm = make_llm(shape_64, "cuda", dtype="bfloat16", attention_backend=backend, load_format="dummy")
-    wanted = list(reference.run([(p, GREEDY) for p in PROMPTS]))
-    got = list(llm.run([(p, GREEDY) for p in PROMPTS]))
-    first = {progress.index: progress.token_ids[0] for progress in reversed(wanted)}
-    agree = sum(first[p.index] == p.token_ids[0] for p in {q.index: q for q in reversed(got)}.values())
-    assert agree >= len(PROMPTS) - 2
-    llm.engine.audit()
+def test_every_bfloat16_token_is_near_the_likeliest(backend: str, shape_64: Path) -> None:
+    """Judged by float32 logits of the same tokens on the CPU, within what rounding to bfloat16 moves them."""
+    llm = make_llm(shape_64, "cuda", dtype="bfloat16", attention_backend=backend)
+    outputs = tokens_of(llm, [GREEDY] * len(PROMPTS))
+    decoder = load_model(ModelFiles(shape_64, "m", "test"), load_spec(shape_64))
+    short = []
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        driver = PagedDriver(decoder, attention="reference")
+        whole = PagedSequence(prompt + output)
+        at = range(len(prompt) - 1, len(prompt) + len(output) - 1)
+        logits = driver.step([(whole, len(whole.token_ids))], logits_at=at)
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        short.append((logits.amax(1) - chosen) / logits.std(1))
+    worst = torch.cat(short).max().item()
+    print(f"{backend}: the worst token is {worst:.3f} standard deviations of its logits below the likeliest")
+    assert worst < 0.3
 
 
 @pytest.fixture(scope="module")

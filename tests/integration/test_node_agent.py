@@ -162,7 +162,7 @@ def test_nodes_beat_as_fast_with_keys(tmp_path: Path) -> None:
         bind_nodes(context, ring, "tcp://127.0.0.1:*") as bound,
         context.socket(zmq.DEALER) as dealer,
     ):
-        secure_client(dealer, choice_for(ring, "tcp://127.0.0.1:1"))
+        secure_client(dealer, choice_for(ring, "tcp://127.0.0.1:1"), "tcp://127.0.0.1:1")
         TO_LEADER.prepare(dealer)
         for end in (bound, dealer):
             assert end.getsockopt(zmq.HEARTBEAT_IVL) == BEAT_MS
