@@ -22,11 +22,11 @@ from disagg.llm import LLM
 from disagg.offline_bench import Work
 from disagg.protocol import SamplingParams
 
-REFERENCE = {  # output tokens a second: mini-sglang's best setting, and the target
-    ("qwen3-0.6b", "H200"): (22_100, 29_000),
-    ("qwen3-0.6b", "H100"): (18_200, 21_500),
-    ("llama-3.1-8b", "H200"): (9_600, 11_000),
-    ("llama-3.1-8b", "H100"): (8_100, 8_900),
+REFERENCE = {  # output tokens a second of mini-sglang's best setting
+    ("qwen3-0.6b", "H200"): 22_100,
+    ("qwen3-0.6b", "H100"): 18_200,
+    ("llama-3.1-8b", "H200"): 9_600,
+    ("llama-3.1-8b", "H100"): 8_100,
 }
 NUM_REQUESTS = 256
 RESULTS = Path(__file__).parent.parent / "results"
@@ -126,8 +126,7 @@ def main() -> None:
         attention_backend=arguments.attention_backend,
     )
     loaded_s = time.perf_counter() - began
-    warm = [(prompt, sampling) for prompt, sampling in make_work(9_999)[:NUM_REQUESTS]]
-    first = measure(llm, [(p, SamplingParams(max_tokens=4, ignore_eos=True)) for p, _ in warm])
+    first = measure(llm, [(p, SamplingParams(max_tokens=4, ignore_eos=True)) for p, _ in make_work(9_999)])
     print(f"loaded in {loaded_s:.1f} s, first token {first['first_token_s']:.1f} s later", flush=True)
     if arguments.profile:
         print(profile(llm, make_work(77)))
@@ -138,15 +137,13 @@ def main() -> None:
         print(measure(llm, make_work(50)), timeline.report(), sep="\n", flush=True)
     speeds = [r["tokens"] / r["seconds"] for r in rounds]
     card = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0]
-    peer, target = REFERENCE.get((arguments.shape.name, card), (None, None))
     result: dict[str, Any] = {
         "claim": "offline throughput",
         "shape": arguments.shape.name,
         "card": torch.cuda.get_device_name(),
         "output_tokens_per_s": round(statistics.median(speeds), 1),
         "rounds": [round(speed, 1) for speed in speeds],
-        "mini_sglang_quoted": peer,
-        "target": target,
+        "mini_sglang_quoted": REFERENCE.get((arguments.shape.name, card)),
         "attention_backend": arguments.attention_backend,
         "load_s": round(loaded_s, 1),
         "torch": torch.__version__,
