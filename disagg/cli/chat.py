@@ -27,21 +27,21 @@ def chat(url: str, model: str | None, system: str | None, api_key: str | None, *
     from disagg.client import ChatServer, Conversation, base_url, bearer, first_model, run_chat
     from disagg.errors import DisaggError
 
-    connect = partial(
-        httpx.Client,
-        base_url=base_url(url),
-        headers=bearer(api_key),
+    to_server: dict[str, Any] = {
+        "base_url": base_url(url),
+        "headers": bearer(api_key),
         # An answer may take long to begin behind a queue, but a server that is not there says so at once.
-        timeout=httpx.Timeout(None, connect=5.0),
-        trust_env=False,
-    )
+        "timeout": httpx.Timeout(None, connect=5.0),
+        "trust_env": False,
+    }
     try:
         if model is None:
-            with connect() as http:
+            with httpx.Client(**to_server) as http:
                 model = first_model(http)
     except DisaggError as error:
         raise click.ClickException(f"{error}. `disagg serve` starts a server.") from error
-    server = ChatServer(connect, model, {k: v for k, v in options.items() if v is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    server = ChatServer(partial(httpx.AsyncClient, **to_server), model, given)
     if sys.stdin.isatty():
         click.secho(f"{server.model} at {base_url(url)}; /help lists the commands.", dim=True, err=True)
     num_failed = run_chat(server, Conversation(system), _terminal())

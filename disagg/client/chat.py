@@ -4,10 +4,11 @@
 `run_chat` reads lines and writes text until the input ends.
 """
 
+import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -61,20 +62,16 @@ class Conversation:
 
 
 class ChatServer:
-    """A server, its model, and how it is to answer.
+    """A server, its model, and how it is to answer. `connect` makes a client; each answer has its own."""
 
-    `connect` makes a client. Each answer has its own: Ctrl-C may come at any instruction, also where the
-    library has a connection and nobody to close it, and the server would go on with the answer.
-    """
-
-    def __init__(self, connect: Callable[[], httpx.Client], model: str, options: dict[str, Any]) -> None:
+    def __init__(self, connect: Callable[[], httpx.AsyncClient], model: str, options: dict[str, Any]) -> None:
         self._connect = connect
         self.model = model
         self._options = options
         self.completion_tokens: int | None = None
         """Of the last answer, where it came to its end and the server counts."""
 
-    def stream(self, messages: list[Message]) -> Iterator[str]:
+    async def stream(self, messages: list[Message]) -> AsyncGenerator[str]:
         """Yield an answer's text as it comes. Close it to make the server stop.
 
         Raises:
@@ -88,22 +85,25 @@ class ChatServer:
             "stream_options": {"include_usage": True},
             **self._options,
         }
-        with self._connect() as http:
+        async with self._connect() as http:
             try:
-                yield from self._read(http, body)
+                async with aclosing(self._read(http, body)) as texts:
+                    async for text in texts:
+                        yield text
             except httpx.HTTPError as error:
                 raise unreachable(str(http.base_url), error) from error
 
-    def _read(self, http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+    async def _read(self, http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[str]:
         reader = EventReader()
-        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
-                raise error_of(answer.status_code, answer.read())
-            for data in answer.iter_bytes():
+                raise error_of(answer.status_code, await answer.aread())
+            async for data in answer.aiter_bytes():
                 for chunk in reader.feed(data):
                     if chunk.usage is not None:
                         self.completion_tokens = chunk.usage.completion_tokens
-                    yield from filter(None, (choice.said() for choice in chunk.choices))
+                    for text in filter(None, (choice.said() for choice in chunk.choices)):
+                        yield text
         if not reader.done:
             raise ServerError("the answer broke off")
 
@@ -122,6 +122,13 @@ class Terminal(Struct, frozen=True):
 
 def run_chat(server: ChatServer, conversation: Conversation, terminal: Terminal) -> int:
     """Take lines and answer them until the input ends; return how many got an error for an answer."""
+    with asyncio.Runner() as runner:
+        return _converse(server, conversation, terminal, runner)
+
+
+def _converse(
+    server: ChatServer, conversation: Conversation, terminal: Terminal, runner: asyncio.Runner
+) -> int:
     num_failed = 0
     while True:
         try:
@@ -135,7 +142,7 @@ def run_chat(server: ChatServer, conversation: Conversation, terminal: Terminal)
             return num_failed
         question = _command(line, conversation, terminal) if line.startswith("/") else line
         if question:
-            num_failed += not _answer(server, conversation, question, terminal)
+            num_failed += not _answer(server, conversation, question, terminal, runner)
 
 
 def printable(text: str) -> str:
@@ -166,17 +173,33 @@ def _command(line: str, conversation: Conversation, terminal: Terminal) -> str |
     return None
 
 
-def _answer(server: ChatServer, conversation: Conversation, question: str, terminal: Terminal) -> bool:
-    """Show an answer and keep it; False if an error came instead."""
+def _answer(
+    server: ChatServer,
+    conversation: Conversation,
+    question: str,
+    terminal: Terminal,
+    runner: asyncio.Runner,
+) -> bool:
+    """Show an answer and keep it; False if an error came instead.
+
+    In an event loop, for Ctrl-C there cancels a task, at its next wait. As an exception it may come at any
+    instruction: also where it is swallowed, or the library has a connection and nobody to close it, and
+    the server would go on with the answer.
+    """
     began = terminal.clock()
     first_at: float | None = None
     said: list[str] = []
-    try:
-        with closing(server.stream(conversation.asking(question))) as stream:  # type: ignore[type-var]
-            for text in stream:
+
+    async def show() -> None:
+        nonlocal first_at
+        async with aclosing(server.stream(conversation.asking(question))) as stream:
+            async for text in stream:
                 first_at = terminal.clock() if first_at is None else first_at
                 said.append(text)
                 terminal.write(printable(text))
+
+    try:
+        runner.run(show())
         terminal.write("\n")
     except KeyboardInterrupt:
         terminal.write("\n")

@@ -1,7 +1,11 @@
 """The terminal chat, without a terminal or a server."""
 
+import asyncio
 import json
-from collections.abc import Callable, Iterator
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -30,8 +34,7 @@ class Session:
         self.shown = ""
         self.notes: list[str] = []
         self.conversation = Conversation(system)
-        self.clients: list[httpx.Client] = []
-        self.client_kind = httpx.Client
+        self.clients: list[httpx.AsyncClient] = []
         self.clock = FakeClock()
         self._answers = iter(answers)
 
@@ -48,10 +51,9 @@ class Session:
         terminal = Terminal(read, self._write, self.notes.append, self.clock)
         return run_chat(server, self.conversation, terminal)
 
-    def _connect(self) -> httpx.Client:
-        self.clients.append(
-            self.client_kind(base_url="http://test", transport=httpx.MockTransport(self._handle))
-        )
+    def _connect(self) -> httpx.AsyncClient:
+        transport = httpx.MockTransport(self._handle)
+        self.clients.append(httpx.AsyncClient(base_url="http://test", transport=transport))
         return self.clients[-1]
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
@@ -101,17 +103,44 @@ def test_the_speed_is_shown() -> None:
     assert session.notes == ["(2 tokens, first after 0 ms, 0.7 tokens/s)"]
 
 
-def test_ctrl_c_between_two_instructions_of_the_library_leaves_no_connection() -> None:
-    class Interrupted(httpx.Client):
-        def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-            super().send(request, **options)
-            raise KeyboardInterrupt
+def _is_answering() -> bool:
+    """Whether the task that shows an answer runs, and not the event loop's own."""
+    task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
+    return task is not None and task.get_coro().__name__ == "show"
 
-    session = Session([says("a", "b")])
-    session.client_kind = Interrupted
-    assert session.run("hi") == 0
-    assert session.notes == ["(stopped)"]
-    assert [client.is_closed for client in session.clients] == [True]
+
+class CtrlC:
+    """Sends SIGINT at the `nth` line that runs while an answer is read; counts the lines."""
+
+    def __init__(self, nth: int | None = None) -> None:
+        self._nth = nth
+        self.num_lines = 0
+
+    def __enter__(self) -> "CtrlC":
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line" and _is_answering():
+            self.num_lines += 1
+            if self.num_lines == self._nth:
+                signal.raise_signal(signal.SIGINT)
+        return self._trace
+
+
+def test_ctrl_c_at_any_instruction_leaves_no_connection() -> None:
+    with CtrlC() as whole:
+        Session([says("a", "b")]).run("hi")
+    assert whole.num_lines > 500
+    for nth in range(1, whole.num_lines, whole.num_lines // 60):
+        session = Session([says("a", "b"), says("ok")])
+        with CtrlC(nth):
+            assert session.run("hi") == 0
+        assert "(stopped)" in session.notes or session.shown == "ab\n", f"line {nth}: {session.notes}"
+        assert all(client.is_closed for client in session.clients), f"line {nth}"
 
 
 def test_commands() -> None:
@@ -135,10 +164,11 @@ def test_ctrl_c_at_the_prompt_does_not_leave() -> None:
 
 
 def interrupted(*texts: str) -> Callable[[], httpx.Response]:
-    def content() -> Iterator[bytes]:
+    async def content() -> AsyncIterator[bytes]:
         for text in texts:
             yield events(text).partition(b"\n\n")[0] + b"\n\n"
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(10)
 
     return lambda: httpx.Response(200, content=content())
 
