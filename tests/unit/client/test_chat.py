@@ -180,6 +180,26 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said() -> None:
     assert session.asked[1] == [user("Tell a story."), assistant("Once upon"), user("Thanks.")]
 
 
+def test_ctrl_c_where_exceptions_are_swallowed_stops_an_answer() -> None:
+    """Nothing that `__del__` raises comes out of it, and any line may be the last of an object."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    async def content() -> AsyncIterator[bytes]:
+        dropped = Dropped()
+        yield events("Once").partition(b"\n\n")[0] + b"\n\n"
+        del dropped
+        await asyncio.sleep(1)
+        yield b"data: [DONE]\n\n"
+
+    session = Session([lambda: httpx.Response(200, content=content())])
+    assert session.run("Tell a story.") == 0
+    assert session.notes == ["(stopped)"]
+    assert session.clients[0].is_closed
+
+
 def test_ctrl_c_before_the_first_word_leaves_no_trace() -> None:
     session = Session([interrupted(), says("ok")])
     session.run("Tell a story.", "Hello?")
