@@ -204,8 +204,10 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_at_the_server(running: RunningSer
 
 
 def _take_terminal() -> None:
-    """Make the terminal the session's own, so that Ctrl-C in it is a signal."""
+    """Make the terminal the session's own, and have Ctrl-C in it heard, as a shell does."""
     import fcntl
+    import signal
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
