@@ -41,9 +41,10 @@ NUM_PAGES = 16
 BIG = make_layout(num_kv_heads=6, num_layers=8, page_size=16, head_dim=64)
 """393 KiB a page: pushes that last long enough to be interrupted."""
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"))
+TCP = {"UCX_TLS": "tcp,self"}
 LANES = [
     pytest.param({}, id="same host"),
-    pytest.param({"UCX_TLS": "tcp,self"}, id="tcp"),
+    pytest.param(TCP, id="tcp"),
     pytest.param({DEVICE: "cuda"}, id="gpu", marks=on_gpu),
 ]
 """What UCX chooses by itself on one host, what it has between hosts without RDMA, and pools on one GPU."""
@@ -201,7 +202,7 @@ def test_killed_prefill_worker_is_fenced_by_its_death(
 
 def test_decode_worker_that_hangs_fails_the_push_at_its_deadline(make_rank: MakeRank) -> None:
     """Not fenced before it goes on: what it has not received yet would land then."""
-    source, target = start_busy_push(make_rank, LANES[1], deadline_s=4.0)
+    source, target = start_busy_push(make_rank, TCP, deadline_s=4.0)
     os.kill(target.pid, signal.SIGSTOP)
     failed = source.expect(PushFailed)
     assert isinstance(failed.error, TransferTimeout | LinkLost)
