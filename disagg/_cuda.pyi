@@ -35,7 +35,7 @@ def rope_and_store(
     eps: float,
     stream: int,
 ) -> None:
-    """Norm (if weights are given) and rotate q and k in place; write k and v to their slots in the pool.
+    """Norm (if weights are given) and rotate q and k in place; write k and v to their places in the pool.
 
     A token whose page is -1 is padding: nothing of it is read or written.
     """
@@ -82,6 +82,10 @@ class DecodeAttention:
         dtype: torch.dtype | str,
         num_sms: int,
     ) -> None: ...
+    @property
+    def is_fast(self) -> bool:
+        """Whether these sizes have the fast kernel."""
+
     def workspace_bytes(self) -> int:
         """Size of the uint8 `workspace` that `plan` and `run` share; its first contents do not matter."""
 

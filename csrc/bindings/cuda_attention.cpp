@@ -46,6 +46,7 @@ class DecodeAttention {
                   int num_sms)
       : attention_(checked({num_heads, num_kv_heads, head_dim, page_size, max_rows, dtype_named(dtype), num_sms})) {}
 
+  bool is_fast() const { return attention_.shape().is_fast(); }
   std::size_t workspace_bytes() const { return attention_.workspace_bytes(); }
 
   void plan(const Tensor& kv_lens, const Tensor& page_indptr, const Tensor& workspace, std::uintptr_t stream) const {
@@ -127,6 +128,7 @@ void bind_attention(nb::module_& m) {
   nb::class_<DecodeAttention>(m, "DecodeAttention")
       .def(nb::init<int, int, int, int, int, const nb::object&, int>(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
            "page_size"_a, "max_rows"_a, "dtype"_a, "num_sms"_a)
+      .def_prop_ro("is_fast", &DecodeAttention::is_fast)
       .def("workspace_bytes", &DecodeAttention::workspace_bytes)
       .def("plan", &DecodeAttention::plan, "kv_lens"_a, "page_indptr"_a, "workspace"_a, "stream"_a)
       .def("run", &DecodeAttention::run, "q"_a, "pool"_a, "layer"_a, "page_indices"_a, "kv_lens"_a, "page_indptr"_a,

@@ -22,8 +22,9 @@
 //  - no page occurs twice.
 //
 // Cost: match and insert are one pass over the tokens plus one hash probe a node, extend is that for
-// what it adds plus a step along the nodes above; splits copy the run that is split; a node is 112 bytes, a page 4 * page_size + 12 bytes. Nothing recurses, so a
-// prompt of a million tokens needs no deeper stack than a short one.
+// what it adds plus a step along the nodes above; splits copy the run that is split; a node is 112
+// bytes, a page 4 * page_size + 12 bytes. Nothing recurses, so a prompt of a million tokens needs no
+// deeper stack than a short one.
 #pragma once
 
 #include <cstddef>

@@ -126,11 +126,8 @@ DISAGG_HOST_DEVICE DecodeStart start_of(const DecodeDivision& division, int cta,
 // Units [begin, end) of one (row, head): what a warp, or a CTA, knows of it.
 struct DecodePiece {
   int row, head, units;  // `units`: of the (row, head)
-  int begin, end;               // nothing where they are equal
+  int begin, end;        // nothing where they are equal
 
-  DISAGG_HOST_DEVICE bool continues(const DecodePiece& before) const {
-    return row == before.row && head == before.head;
-  }
   DISAGG_HOST_DEVICE bool is_whole() const { return begin == 0 && end == units; }
   // A CTA has at most two unfinished pieces: one that an earlier CTA began, and one that it begins.
   DISAGG_HOST_DEVICE int slot() const { return begin == 0 ? 1 : 0; }

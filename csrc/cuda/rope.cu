@@ -14,7 +14,7 @@ template <class T>
 struct Item {
   const T* from = nullptr;       // nullptr: nothing to do
   T* rotated = nullptr;          // q and k, which are rewritten where they lie; nullptr for v
-  T* stored = nullptr;           // k and v: the slot in the pool; nullptr for q
+  T* stored = nullptr;           // k and v: the place in the pool; nullptr for q
   const T* norm = nullptr;
   const float* cos_sin = nullptr;
 };

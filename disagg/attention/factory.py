@@ -9,7 +9,7 @@ import torch
 from disagg.attention import flashinfer
 from disagg.attention.base import AttentionBackend, AttentionSizes
 from disagg.attention.cpu import CpuAttention
-from disagg.attention.cuda import CudaDecode
+from disagg.attention.cuda import CudaDecode, is_fast
 from disagg.attention.phased import PhasedAttention
 from disagg.attention.reference import ReferenceAttention
 from disagg.errors import ConfigError
@@ -63,10 +63,13 @@ def _pick(name: str, phase: Phase, device: torch.device, sizes: AttentionSizes) 
         return name
     if device.type == "cpu":
         return "cpu"
-    if phase == "decode" and why_no_cuda_kernels() is None:
+    has_kernel = phase == "decode" and why_no_cuda_kernels() is None
+    if has_kernel and is_fast(sizes):
         return "cuda"
     if find_spec("flashinfer") is not None and flashinfer.takes(sizes):
         return "fi"
+    if has_kernel:
+        return "cuda"
     log.warning(
         "attention runs by torch for %s, many times slower: FlashInfer is missing or not for it", phase
     )

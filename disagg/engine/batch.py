@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from disagg.attention import AttentionBatch
 from disagg.attention.batch import HostIndices
-from disagg.engine.plan import StepPlan, int32s
-
-Int32s = NDArray[np.int32]
+from disagg.engine.plan import Int32s, StepPlan, int32s
 
 
 class StepTensors(NamedTuple):

@@ -8,7 +8,6 @@
 
 import time
 from collections.abc import Callable
-from math import prod
 
 import torch
 from msgspec import Struct
@@ -110,8 +109,16 @@ def load_rank(
         max_rows=engine.max_num_seqs,
         max_page_indices=engine.max_num_seqs * -(-max_model_len // engine.block_size),
     )
-    attention = make_attention(engine.attention_backend, sizes, device, engine.num_threads)
-    pool = _make_pool((num_pages, *share.shape), DTYPES[dtype], device)
+    try:
+        attention = make_attention(engine.attention_backend, sizes, device, engine.num_threads)
+        pool = _make_pool((num_pages, *share.shape), DTYPES[dtype], device)
+        runner = _make_runner(decoder, attention, pool, engine, sizes)
+    except torch.OutOfMemoryError as error:
+        gigabytes = num_pages * share.page_bytes / 1e9
+        raise ConfigError(
+            f"a KV pool of {gigabytes:.1f} GB and the buffers for max_num_seqs {engine.max_num_seqs} "
+            f"do not fit {device}; lower gpu_memory_utilization, kv_cache_memory_bytes or max_num_seqs"
+        ) from error
     return Rank(
         files=files,
         spec=spec,
@@ -121,7 +128,7 @@ def load_rank(
         dtype=dtype,
         device=device,
         pool=pool,
-        runner=_make_runner(decoder, attention, pool, engine, sizes),
+        runner=runner,
     )
 
 
@@ -216,7 +223,10 @@ def pick_max_model_len(model: ModelConfig, spec: ModelSpec, num_pages: int, page
         ConfigError: more was asked for than they do, or the pool holds no page.
     """
     if num_pages < 1:
-        raise ConfigError("kv_cache_memory_bytes must hold at least one page")
+        raise ConfigError(
+            "the KV pool must hold at least one page; raise kv_cache_memory_bytes or, where that is not set, "
+            "gpu_memory_utilization, or free memory of the GPU"
+        )
     # The newest token's KV is never stored.
     pool_len = num_pages * page_size + 1
     if model.max_model_len is None:
@@ -257,10 +267,4 @@ def _make_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if device.type == "cpu":
         # Untouched memory costs nothing until a page is written.
         return torch.empty(shape, dtype=dtype)
-    try:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    except torch.OutOfMemoryError as error:
-        gigabytes = prod(shape) * dtype.itemsize / 1e9
-        raise ConfigError(
-            f"a KV pool of {gigabytes:.1f} GB does not fit {device}; lower kv_cache_memory_bytes"
-        ) from error
+    return torch.zeros(shape, dtype=dtype, device=device)

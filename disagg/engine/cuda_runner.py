@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from disagg.attention.batch import HostIndices
 from disagg.engine.batch import build_tensors
 from disagg.engine.draws import SamplingRows
 from disagg.engine.engine import Sampled
-from disagg.engine.plan import SamplePlan, StepPlan, int32s
+from disagg.engine.plan import StepPlan, int32s, packed
 from disagg.engine.windows import SAMPLING_FIELDS, RowWindows, graph_sizes, sampling_arrays
 from disagg.layers import cuda_ops
 from disagg.models import Decoder
@@ -28,31 +27,16 @@ from disagg.models import Decoder
 log = logging.getLogger(__name__)
 
 
-def _int32s(*values: int) -> bytes:
-    return np.array(values, np.int32).tobytes()
-
-
-_ZERO = np.zeros(1, np.float32).tobytes()
 _FIRST_STEP = StepPlan(
     step=0,
     num_decodes=0,
     num_tokens=1,
-    token_ids=_int32s(0),
-    slots=_int32s(0),
-    query_lens=_int32s(1),
-    kv_lens=_int32s(1),
-    page_indptr=_int32s(0, 1),
-    page_indices=_int32s(0),
-    samples=SamplePlan(
-        rows=_int32s(0),
-        temperature=_ZERO,
-        top_k=_int32s(0),
-        top_p=np.ones(1, np.float32).tobytes(),
-        min_p=_ZERO,
-        seed=np.zeros(1, np.uint64).tobytes(),
-        choice_index=_int32s(0),
-        position=_int32s(0),
-    ),
+    token_ids=packed([0]),
+    slots=packed([0]),
+    query_lens=packed([1]),
+    kv_lens=packed([1]),
+    page_indptr=packed([0, 1]),
+    page_indices=packed([0]),
 )
 """A prompt of one token in page 0, which is nobody's before the engine begins."""
 

@@ -6,7 +6,7 @@ sequences, decodes first; buffers are little-endian C arrays of the type named b
 
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 PENDING = -1
 """Stands for a token that a step still in flight will sample; the runner takes it from the slot."""
@@ -66,6 +66,14 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="step"):
         return len(self.samples.rows) // 4
 
 
-def int32s(buffer: bytes) -> NDArray[np.int32]:
+Int32s = NDArray[np.int32]
+
+
+def packed(values: ArrayLike) -> bytes:
+    """Write a buffer of a plan."""
+    return np.asarray(values).astype(np.int32).tobytes()
+
+
+def int32s(buffer: bytes) -> Int32s:
     """Read a buffer of a plan without copying it."""
     return np.frombuffer(buffer, np.int32)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg.engine.admission import MAX_INT32, Limits
-from disagg.engine.plan import PENDING, SamplePlan, StepPlan, int32s
+from disagg.engine.plan import PENDING, SamplePlan, StepPlan, int32s, packed
 from disagg.engine.sequence import PROGRESS, Sequence
 from disagg.kv.prefix import NO_PAGES, PageIds
 
@@ -163,10 +163,10 @@ class SlotTable:
             num_decodes=num_decodes,
             num_tokens=int(query_lens.sum()),
             token_ids=self._new_tokens(decodes, starts[:num_decodes], chunks),
-            slots=_int32s(slots),
-            query_lens=_int32s(query_lens),
-            kv_lens=_int32s(kv_lens),
-            page_indptr=_int32s(page_indptr),
+            slots=packed(slots),
+            query_lens=packed(query_lens),
+            kv_lens=packed(kv_lens),
+            page_indptr=packed(page_indptr),
             page_indices=b"".join([self._page_run[first:end] for first, end in rows]),
             samples=self._plan_samples(is_drawn.nonzero()[0], slots, kv_lens),
         )
@@ -180,14 +180,14 @@ class SlotTable:
     def _plan_samples(self, rows: NDArray[np.int64], slots: Slots, kv_lens: Counts) -> SamplePlan:
         drawn = slots[rows]
         return SamplePlan(
-            rows=_int32s(rows),
+            rows=packed(rows),
             temperature=self._temperature[drawn].tobytes(),
             top_k=self._top_k[drawn].tobytes(),
             top_p=self._top_p[drawn].tobytes(),
             min_p=self._min_p[drawn].tobytes(),
             seed=self._seed[drawn].tobytes(),
             choice_index=self._choice_index[drawn].tobytes(),
-            position=_int32s(kv_lens[rows] - self._progress["num_prompt_tokens"][drawn]),
+            position=packed(kv_lens[rows] - self._progress["num_prompt_tokens"][drawn]),
         )
 
 
@@ -200,7 +200,3 @@ class Learnt(NamedTuple):
     token_ids: list[int]
     notable: list[tuple[int, Sequence]]
     """Those that may end or have filled a page, each with its row in the other lists."""
-
-
-def _int32s(counts: Counts) -> bytes:
-    return counts.astype(np.int32).tobytes()

@@ -8,13 +8,10 @@ are padding, up to the next size that a graph was captured for.
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from disagg.engine.draws import SamplingRows
-from disagg.engine.plan import StepPlan, int32s
-
-Int32s = NDArray[np.int32]
+from disagg.engine.plan import Int32s, StepPlan, int32s
 
 PADDING = {"slots": -1, "token_pages": -1}
 """What an input holds past the batch; 0 where nothing is said."""

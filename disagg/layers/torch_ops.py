@@ -37,9 +37,9 @@ def rope_and_store(
             x.copy_(_norm(x, weight, eps))
         _rotate(x, cos_sin_cache[positions.long()][:, None])
     keys, values = layer_views(pool, layer)
-    slots = (token_pages.long(), slice(None), token_offsets.long())
-    keys[slots] = k
-    values[slots] = v
+    places = (token_pages.long(), slice(None), token_offsets.long())
+    keys[places] = k
+    values[places] = v
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:

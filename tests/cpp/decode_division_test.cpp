@@ -115,7 +115,7 @@ void pieces_that_cross_ctas_have_their_own_slots_and_are_counted() {
         int unfinished[2] = {};
         for (const DecodePiece& piece : plan.pieces(cta, warp)) {
           if (!piece.is_whole()) CHECK(++unfinished[piece.slot()] == 1);
-          if (!merged.empty() && piece.continues(merged.back())) {
+          if (!merged.empty() && piece.row == merged.back().row && piece.head == merged.back().head) {
             CHECK(merged.back().end == piece.begin);
             merged.back().end = piece.end;
             takers.back().push_back(warp);

@@ -10,11 +10,13 @@ from support.system import running
 PROMPT = list(range(3, 300))
 
 
-@pytest.mark.parametrize("sizes", ["1", "16"])
-def test_text_is_that_of_one_worker_and_every_byte_is_accounted_for(tmp_path: Path, sizes: str) -> None:
+@pytest.mark.parametrize("max_num_seqs", ["1", "16"])
+def test_text_is_that_of_one_worker_and_every_byte_is_accounted_for(
+    tmp_path: Path, max_num_seqs: str
+) -> None:
     folder = make_checkpoint(tmp_path / "model", "qwen3", max_position_embeddings=1024)
     common = [str(folder), "--device", "cuda", "--dtype", "float32", "--attention-backend", "reference,cuda"]
-    common += ["--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", sizes]
+    common += ["--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", max_num_seqs]
     body = {"model": str(folder), "prompt": PROMPT, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     texts, records = [], []
     for pools in (["--unified", "1", "--prefill", "0", "--decode", "0"], ["--prefill", "1", "--decode", "1"]):

@@ -333,7 +333,7 @@ def test_dummy_weights_need_no_weights(folder: Path, tmp_path: Path) -> None:
     [
         ({"max_model_len": 513}, {}, "max_model_len 513 is more than the model's context of 512"),
         ({"max_model_len": 500}, {"kv_cache_memory_bytes": 1 << 20}, "does not fit a KV pool of"),
-        ({}, {"kv_cache_memory_bytes": 100}, "must hold at least one page"),
+        ({}, {"kv_cache_memory_bytes": 100}, "must hold at least one page; raise kv_cache_memory_bytes"),
         ({}, {"tensor_parallel_size": 2}, "needs one process a rank"),
         ({}, {"max_num_batched_tokens": 7}, "every running sequence must fit one step"),
         ({}, {"attention_backend": "fi"}, "fi runs on an NVIDIA GPU"),

@@ -2,8 +2,10 @@ import sys
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from disagg.attention import AttentionBackend, AttentionSizes, make_attention
+from disagg.attention import AttentionBackend, AttentionSizes, factory, make_attention
+from disagg.attention.cuda import is_fast
 from disagg.errors import ConfigError
 from disagg.kv.layout import PageLayout
 
@@ -63,3 +65,36 @@ def test_flashinfer_is_refused_for_what_its_kernels_do_not_take(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "flashinfer", object())
     with pytest.raises(ConfigError, match="bfloat16 or float16, got float32; use reference"):
         make("fi", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("heads", "changes", "fast"),
+    [
+        (4, {}, True),
+        (8, {}, True),
+        (9, {}, False),  # query heads a KV head
+        (4, {"head_dim": 96}, False),
+        (4, {"page_size": 24}, False),
+    ],
+)
+def test_the_fast_decode_kernel_knows_its_sizes(heads: int, changes: dict[str, int], fast: bool) -> None:
+    pytest.importorskip("disagg._cuda")
+    shape = {"page_size": 16, "num_heads": 1, "num_layers": 1, "head_dim": 128, "item_bytes": 2, **changes}
+    sizes = AttentionSizes(layout=PageLayout(**shape), num_qo_heads=heads, dtype=torch.bfloat16, max_rows=8)
+    assert is_fast(sizes) is fast
+    assert not is_fast(replace(sizes, dtype=torch.float32))
+    assert not is_fast(replace(sizes, max_rows=1 << 20)), "more rows than it takes"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_decodes_by_the_kernel_that_is_fast(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """The plain kernel takes anything, and FlashInfer's is faster wherever it takes the model."""
+    monkeypatch.setattr(factory, "why_no_cuda_kernels", lambda: None)
+    monkeypatch.setattr(factory, "find_spec", lambda name: object())
+    monkeypatch.setattr(factory, "is_fast", lambda sizes: fast)
+    layout = PageLayout(16, 1, 1, 128, 2)
+    sizes = AttentionSizes(layout=layout, num_qo_heads=4, dtype=torch.bfloat16)
+    assert factory._pick("auto", "decode", torch.device("cuda"), sizes) == ("cuda" if fast else "fi")
+    assert factory._pick("auto", "prefill", torch.device("cuda"), sizes) == "fi"
+    odd = replace(sizes, layout=replace(layout, head_dim=96))
+    assert factory._pick("auto", "decode", torch.device("cuda"), odd) == "cuda"
