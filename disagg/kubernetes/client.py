@@ -15,6 +15,7 @@ from msgspec import Raw, Struct
 
 from disagg.errors import ConfigError
 from disagg.kubernetes.pods import INSTANCE_LABEL, Pod
+from disagg.kubernetes.refusals import Refusal
 from disagg.kubernetes.slices import ROUTER_SERVICE, SERVICE_LABEL, WORKER_SERVICES, EndpointSlice
 from disagg.kubernetes.watch import (
     ApiError,
@@ -34,7 +35,7 @@ WATCH_S = 30
 """A watch is ended by the server and opened anew this often, so that silence means something."""
 SILENCE_S = 40.0
 """A watch that has been silent longer than it should last is dead, whatever its connection says."""
-GONE = 410
+GONE, CONFLICT = 410, 409
 
 T = TypeVar("T")
 K = TypeVar("K", bound=KubeObject)
@@ -73,8 +74,21 @@ class KubernetesApi:
         slices = kubernetes.client.DiscoveryV1Api(self._client).list_namespaced_endpoint_slice
         services = ",".join(f"{release}-{name}" for name in (*WORKER_SERVICES, ROUTER_SERVICE))
         self.slices = Resource(EndpointSlice, slices, namespace, f"{SERVICE_LABEL} in ({services})")
-        pods = kubernetes.client.CoreV1Api(self._client).list_namespaced_pod
-        self.pods = Resource(Pod, pods, namespace, f"{INSTANCE_LABEL}={release}")
+        core = kubernetes.client.CoreV1Api(self._client)
+        self.pods = Resource(Pod, core.list_namespaced_pod, namespace, f"{INSTANCE_LABEL}={release}")
+        self._namespace = namespace
+        self._create_event = core.create_namespaced_event
+        self._api_exception = kubernetes.client.ApiException
+
+    def post(self, refusal: Refusal) -> None:
+        """Make the event that tells of it, unless another router has; raises `ApiError`."""
+        event, timeout = refusal.to_event(self._namespace), (ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S)
+        with _translated("Event"):
+            try:
+                self._create_event(self._namespace, event, _request_timeout=timeout)
+            except self._api_exception as error:
+                if error.status != CONFLICT:
+                    raise
 
     def interrupt(self) -> None:
         """End the watches that other threads wait in or are about to; there will be none after it."""
@@ -91,25 +105,18 @@ class Resource(Generic[K]):
 
     def __init__(self, kind: type[K], call: Callable[..., Any], namespace: str, selector: str) -> None:
         import kubernetes
-        import urllib3
 
         self._kind = kind
         self._call = call
         self._namespace = namespace
         self._selector = selector
-        self._failures = (
-            kubernetes.client.OpenApiException,
-            urllib3.exceptions.HTTPError,
-            OSError,
-            ValueError,
-        )
         self._api_exception = kubernetes.client.ApiException
         self._watching: Any = None
         self._is_interrupted = False
 
     def list(self) -> Listed[K]:
         """Return every one."""
-        with self._translated():
+        with _translated(self._kind.__name__):
             response = self._ask((ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S))
             try:
                 body = response.read()
@@ -122,7 +129,7 @@ class Resource(Generic[K]):
 
     def watch(self, version: str) -> Iterator[Event[K]]:
         """Yield what has changed since `version`."""
-        with self._translated():
+        with _translated(self._kind.__name__):
             try:
                 response = self._ask(
                     (ANSWER_TIMEOUT_S, SILENCE_S),
@@ -149,7 +156,7 @@ class Resource(Generic[K]):
         self._is_interrupted = True
         response = self._watching
         if response is not None:
-            with contextlib.suppress(*self._failures):
+            with contextlib.suppress(*_failures()):
                 response.shutdown()
 
     def _ask(self, timeout: tuple[float, float], **options: Any) -> Any:
@@ -161,14 +168,25 @@ class Resource(Generic[K]):
             **options,
         )
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except self._failures as error:
-            status = getattr(error, "status", None)
-            what = f"{status} {error.reason}" if isinstance(error, self._api_exception) else str(error)
-            raise ApiError(f"{self._kind.__name__}: {type(error).__name__}: {what}") from error
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Of client, connection or content."""
+    import kubernetes
+    import urllib3
+
+    return kubernetes.client.OpenApiException, urllib3.exceptions.HTTPError, OSError, ValueError
+
+
+@contextlib.contextmanager
+def _translated(kind: str) -> Iterator[None]:
+    import kubernetes
+
+    try:
+        yield
+    except _failures() as error:
+        is_answer = isinstance(error, kubernetes.client.ApiException)
+        what = f"{getattr(error, 'status', None)} {getattr(error, 'reason', None)}" if is_answer else error
+        raise ApiError(f"{kind}: {type(error).__name__}: {what}") from error
 
 
 def _find_cluster(kubernetes: Any) -> tuple[Any, str]:

@@ -1,14 +1,19 @@
 """The threads that follow a release, and the one place where they hand over to the loop."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from disagg.kubernetes.pods import Pod, PodEnd, PodEnds
+from disagg.kubernetes.refusals import Refusal, Refusals
 from disagg.kubernetes.slices import ROUTER_SERVICE, EndpointSlice, Member, members_of
-from disagg.kubernetes.watch import Source, Watch
+from disagg.kubernetes.watch import ApiError, Source, Watch
+from disagg.telemetry import fields
+
+log = logging.getLogger(__name__)
 
 STOP_S = 2.0
 """A thread in the middle of connecting is not waited for longer; it changes nothing any more."""
@@ -27,6 +32,9 @@ class Api(Protocol):
     @property
     def pods(self) -> Source[Pod]:
         """All of them."""
+
+    def post(self, refusal: Refusal) -> None:
+        """Make the event that tells of it, unless another router has; raises `ApiError`."""
 
     def interrupt(self) -> None:
         """End the watches that wait."""
@@ -50,6 +58,7 @@ class Discovery:
         self._workers: dict[str, Member] | None = None
         self._routers: dict[str, Member] | None = None
         self._ends = PodEnds()
+        self._refusals = Refusals()
         wait, clock = self._stopping.wait, time.monotonic
         # One each: what one of them waits for does not keep the other.
         watches = {
@@ -93,6 +102,12 @@ class Discovery:
         ends = self._ends.take(pods, removed)
         if ends:
             self._hand_over(self._on_ended, ends)
+        for refusal in self._refusals.take(pods):
+            try:
+                self._api.post(refusal)
+            except ApiError as error:
+                why = fields(pod=refusal.pod, sentence=refusal.sentence, error=error)
+                log.warning("pod is misconfigured, and no event says so %s", why)
 
     def _hand_over(self, tell: Callable[[Any], None], told: Any) -> None:
         if not self._stopping.is_set():

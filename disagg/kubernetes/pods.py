@@ -24,12 +24,36 @@ class PodIP(Struct, frozen=True):
     ip: str = ""
 
 
-class PodStatus(Struct, frozen=True):
+class Terminated(Struct, frozen=True, rename="camel"):
+    """How a container's process ended. `message` is the end of its log where it wrote none itself."""
+
+    exit_code: int = 0
+    message: str = ""
+    finished_at: str | None = None
+    container_id: str = field(default="", name="containerID")
+
+
+class ContainerState(Struct, frozen=True):
+    """Whether it has ended."""
+
+    terminated: Terminated | None = None
+
+
+class ContainerStatus(Struct, frozen=True, rename="camel"):
+    """How a container is, and how the one before it in its place was."""
+
+    name: str = ""
+    state: ContainerState = ContainerState()
+    last_state: ContainerState = ContainerState()
+
+
+class PodStatus(Struct, frozen=True, rename="camel"):
     """How a pod is."""
 
     phase: str = ""
     pod_ip: str = field(default="", name="podIP")
     pod_ips: list[PodIP] | None = field(default=None, name="podIPs")
+    container_statuses: list[ContainerStatus] | None = None
 
 
 class Pod(Struct, frozen=True):

@@ -80,7 +80,7 @@ def test_an_upgrade_keeps_the_key(release: Release) -> None:
 
 
 def test_an_impossible_tensor_size_is_told_by_the_pod() -> None:
-    """In one line that `kubectl logs` and `kubectl describe` show: the model has 9 heads, of 3 KV heads."""
+    """In one line that `kubectl logs`, its status and its events show: the model has 9 heads, 3 KV heads."""
     with installed("odd", wait=False, decode={"parallelism": {"tensor": 2}}) as release:
 
         def told() -> list[str]:
@@ -95,6 +95,10 @@ def test_an_impossible_tensor_size_is_told_by_the_pod() -> None:
         assert len(message.splitlines()) == 1
         name = release.pods("decode")[0]["metadata"]["name"]
         assert message.strip() in kubectl("logs", name, "--previous")
+        wait_until(
+            "an event says it", lambda: message.strip() in kubectl("events", "--for", f"pod/{name}"), 60
+        )
+        assert message.strip() in kubectl("describe", "pod", name).partition("Events:")[2]
     kubectl("delete", "secret", "odd-keys")
 
 

@@ -15,9 +15,10 @@ import pytest
 from disagg.errors import ConfigError
 from disagg.kubernetes import Member, PodEnd, client, discovery, follow_release
 from disagg.kubernetes.client import KubernetesApi
+from disagg.kubernetes.refusals import Refusal
 from disagg.kubernetes.slices import EndpointSlice
 from disagg.kubernetes.watch import ApiError, Changed, Expired, Removed, Watch
-from support.api_server import ApiServer, make_endpoint, make_pod, make_slice
+from support.api_server import ApiServer, make_container_end, make_endpoint, make_pod, make_slice
 from support.checkpoints import make_checkpoint
 from support.clock import FakeClock
 from support.cluster import Cluster
@@ -131,6 +132,17 @@ def test_a_connection_that_is_half_dead_is_noticed(
     server.silent.set()
     with pytest.raises(ApiError, match="timed out"):
         list(api.slices.watch("100"))
+
+
+def test_an_event_that_another_router_has_made_is_enough(server: ApiServer, api: KubernetesApi) -> None:
+    refusal = Refusal("p", "uid-p", "worker", "containerd://0123", "2026-01-01T00:00:00Z", "2 heads")
+    for _ in range(2):
+        api.post(refusal)
+    assert list(server.events) == ["p.0123"]
+    assert server.events["p.0123"]["message"] == "2 heads"
+    server.is_forbidden.add("Event")
+    with pytest.raises(ApiError, match="403"):
+        api.post(refusal)
 
 
 def test_without_a_cluster_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -294,6 +306,33 @@ def test_an_end_that_a_compaction_hid_is_found_by_listing_again(
     server.put(make_pod("a", "Failed", "10.0.0.7"))
     server.forget()
     server.start()
+    assert followed.ended.get(timeout=10) == {"a"}
+
+
+def misconfigured(name: str) -> dict[str, Any]:
+    """A pod that ends in one sentence, again and again."""
+    pod = make_pod(name, "Running", "10.0.0.7")
+    end = make_container_end(2, "disagg: 2 does not divide 9 heads\n", f"containerd://{name}")
+    pod["status"]["containerStatuses"] = [{"name": "worker", "state": {"waiting": {}}, "lastState": end}]
+    return pod
+
+
+def test_why_a_pod_cannot_start_is_made_an_event(server: ApiServer, followed: Followed) -> None:
+    server.put(misconfigured("a"))
+    eventually(lambda: server.events, "it is told")
+    (event,) = server.events.values()
+    assert (event["involvedObject"]["name"], event["message"]) == ("a", "disagg: 2 does not divide 9 heads")
+    assert event["metadata"]["namespace"] == "team"
+
+
+def test_who_may_make_no_events_says_so_and_goes_on(
+    server: ApiServer, followed: Followed, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.is_forbidden.add("Event")
+    server.put(misconfigured("a"))
+    eventually(lambda: "pod is misconfigured, and no event says so pod=a" in caplog.text, "its log says so")
+    assert "403" in caplog.text
+    server.put(make_pod("a", "Failed", "10.0.0.7"))
     assert followed.ended.get(timeout=10) == {"a"}
 
 

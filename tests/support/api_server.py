@@ -67,6 +67,20 @@ def make_pod(
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
 
 
+def make_container_end(
+    exit_code: int, message: str, container_id: str = "containerd://0123"
+) -> dict[str, Any]:
+    return {
+        "terminated": {
+            "exitCode": exit_code,
+            "message": message,
+            "finishedAt": "2026-01-01T00:00:00Z",
+            "containerID": container_id,
+            "reason": "Error",
+        }
+    }
+
+
 class ApiServer:
     """Slices and pods, their versions and their watchers. Stop it and start it again: the port stays."""
 
@@ -80,6 +94,8 @@ class ApiServer:
         """Kinds that this account may not ask for."""
         self.silent = threading.Event()
         """Set, watches are accepted and then nothing is ever said: their connections are half dead."""
+        self.events: dict[str, dict[str, Any]] = {}
+        """Those that were made, by name."""
         self.expire_within = False
         """410 comes as an event of the watch, not as its status: servers do either."""
         self.list_answers: list[tuple[int, bytes]] = []
@@ -178,6 +194,15 @@ class ApiServer:
             metadata = {"resourceVersion": str(self.version)}
             return 200, json.dumps({"kind": f"{kind}List", "metadata": metadata, "items": items}).encode()
 
+    def made(self, event: dict[str, Any]) -> tuple[int, bytes]:
+        with self._lock:
+            if "Event" in self.is_forbidden:
+                return 403, b'{"kind":"Status","message":"forbidden"}'
+            if event["metadata"]["name"] in self.events:
+                return 409, b'{"kind":"Status","reason":"AlreadyExists"}'
+            self.events[event["metadata"]["name"]] = event
+            return 201, json.dumps(event).encode()
+
     @contextmanager
     def watching(self, kind: str, since: int) -> Iterator["queue.Queue[Any]"]:
         watcher: queue.Queue[Any] = queue.Queue()
@@ -214,6 +239,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._watch(kind, int(query["resourceVersion"]))
         else:
             self._answer(*self.api.listed(kind))
+
+    def do_POST(self) -> None:
+        assert self.headers["Authorization"] == "Bearer secret"
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.api.requests.put(("create", {"path": urlsplit(self.path).path}))
+        self._answer(*self.api.made(body))
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
