@@ -1,4 +1,4 @@
-"""Attention by FlashInfer's kernels, on NVIDIA GPUs. The library shows in this module alone.
+"""Attention by FlashInfer's kernels, on NVIDIA GPUs. The library shows here and in `flashinfer_kernels`.
 
 Prefill is its `fa3` on Hopper and `fa2` elsewhere; decode its tensor-core kernel. Both plan on the
 host and copy the plan to the device through page-locked memory of their own: the caller lets the
@@ -7,11 +7,14 @@ device take one step's inputs before it plans the next.
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from disagg.attention import flashinfer_kernels as kernels
 from disagg.attention.base import AttentionSizes
 from disagg.attention.batch import AttentionBatch
 from disagg.errors import ConfigError
@@ -20,8 +23,8 @@ from disagg.layers.kernels import HOPPER
 
 WORKSPACE_BYTES = 256 << 20
 """As FlashInfer recommends; it holds the partial results of split sequences."""
-DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 128, 256)
+
+log = logging.getLogger(__name__)
 
 
 class FlashInferPrefill:
@@ -33,7 +36,8 @@ class FlashInferPrefill:
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where FlashInfer is missing or takes no such model."""
         flashinfer = _import(sizes)
-        backend = "fa3" if torch.cuda.get_device_capability(device) == HOPPER else "fa2"
+        backend = kernels.FA3 if torch.cuda.get_device_capability(device) == HOPPER else kernels.FA2
+        _load(backend, sizes)
         self._arguments = _arguments(sizes)
         self._page_size = sizes.layout.page_size
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
@@ -66,6 +70,7 @@ class FlashInferDecode:
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where FlashInfer is missing or takes no such model."""
         self._flashinfer = _import(sizes)
+        _load(kernels.FA2, sizes)
         arguments = _arguments(sizes)
         self._arguments = {"head_dim": arguments.pop("head_dim_qk"), **arguments}
         self._page_size = sizes.layout.page_size
@@ -112,7 +117,7 @@ class FlashInferDecode:
 
 def takes(sizes: AttentionSizes) -> bool:
     """Whether its kernels take this model."""
-    return sizes.dtype in DTYPES and sizes.layout.head_dim in HEAD_DIMS
+    return sizes.dtype in kernels.DTYPES and sizes.layout.head_dim in kernels.HEAD_DIMS
 
 
 def _import(sizes: AttentionSizes) -> Any:
@@ -122,15 +127,43 @@ def _import(sizes: AttentionSizes) -> Any:
         raise ConfigError(
             f"attention_backend fi needs FlashInfer: install disagg[cuda] ({error}); or use reference"
         ) from error
-    if sizes.dtype not in DTYPES:
+    if sizes.dtype not in kernels.DTYPES:
         name = str(sizes.dtype).removeprefix("torch.")
         raise ConfigError(f"attention_backend fi takes dtype bfloat16 or float16, got {name}; use reference")
-    if sizes.layout.head_dim not in HEAD_DIMS:
+    if sizes.layout.head_dim not in kernels.HEAD_DIMS:
         raise ConfigError(
             f"attention_backend fi takes heads of 64, 128 or 256, the model's have {sizes.layout.head_dim}; "
             "use reference"
         )
     return flashinfer
+
+
+def _load(backend: str, sizes: AttentionSizes) -> None:
+    """Load the kernel now, and not in the first request; says so where it is compiled for it.
+
+    Raises:
+        ConfigError: nobody compiled it, and it cannot be compiled here.
+    """
+    kernel = backend, sizes.dtype, sizes.layout.head_dim
+    began_at = time.monotonic()
+    try:
+        spec = kernels.spec_of(*kernel)
+        compiled = spec.is_compiled
+        if not compiled:
+            log.warning("compiling for a minute or more what was not compiled ahead: kernel=%s", spec.name)
+        kernels.load(*kernel)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"attention_backend fi has no compiled kernel for heads of {sizes.layout.head_dim} and dtype "
+            f"{str(sizes.dtype).removeprefix('torch.')}, and cannot compile one ({_first_line(error)}); "
+            "set CUDA_HOME to a toolkit with nvcc, or run python -m disagg.attention.flashinfer_kernels"
+        ) from error
+    if not compiled:
+        log.warning("compiled kernel=%s seconds=%.1f", spec.name, time.monotonic() - began_at)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _arguments(sizes: AttentionSizes) -> dict[str, Any]:

@@ -104,6 +104,16 @@ def test_every_bfloat16_token_is_near_the_likeliest(backend: str, shape_64: Path
     assert worst < 0.3
 
 
+def test_plans_ask_for_the_kernels_that_are_loaded_at_start(shape_64: Path) -> None:
+    """Those are compiled ahead; any other would be compiled in the middle of a request."""
+    loaded = pytest.importorskip("flashinfer.prefill").get_batch_prefill_module
+    llm = make_llm(shape_64, "cuda", dtype="bfloat16", attention_backend="fi,fi")
+    num_loaded = loaded.cache_info().misses
+    tokens_of(llm, [GREEDY] * len(PROMPTS))
+    assert num_loaded > 0
+    assert loaded.cache_info().misses == num_loaded
+
+
 @pytest.fixture(scope="module")
 def shape_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads of 64 and a group of 3, as the default model has."""

@@ -72,7 +72,7 @@ TORCH_FREE = [
 OWNERS = {
     "kubernetes": {"kubernetes/client.py"},
     "nixl": {"transfer/nixl.py"},
-    "flashinfer": {"attention/flashinfer.py"},
+    "flashinfer": {"attention/flashinfer.py", "attention/flashinfer_kernels.py"},
     "flash_attn": {"attention/flash_attn.py"},
 }
 
@@ -122,6 +122,14 @@ def test_a_foreign_library_shows_in_one_file(library: str) -> None:
         if any(name.partition(".")[0] == library for name in imports_of(path))
     }
     assert users <= OWNERS[library]
+
+
+def test_nothing_imports_what_the_images_leave_out() -> None:
+    """Compilers in Python's clothes, and what is for tests alone."""
+    for path in ROOT.rglob("*.py"):
+        assert not {"triton", "cutlass", "transformers"} & {
+            name.partition(".")[0] for name in imports_of(path)
+        }, path
 
 
 def test_nothing_pickles() -> None:
