@@ -7,6 +7,7 @@ facts that it brought. Everything runs on the loop thread; nothing here waits.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import assert_never
@@ -94,7 +95,7 @@ class Dispatcher:
         self._turn = 0
         self._num_connections = 0
         self._is_poked = False
-        self._no_decode_since: float | None = None
+        self._could_decode_at = -math.inf
         self._slow_tick_at = 0.0
         self._proofs: dict[str, list[Proof]] = {}
         """By the uuid of a process that has said who it is."""
@@ -196,6 +197,15 @@ class Dispatcher:
                 counts[sequence.attempt.stage] += 1
         return counts
 
+    def may_decode(self) -> bool:
+        """Whether somebody can decode, or could so lately that another may be about to.
+
+        A pool that rolls, or whose only worker starts again, is empty for a moment: what waits then is not
+        given up before `lease_ttl_s`, and so what is new waits with it.
+        """
+        can_decode = any(worker.can_decode for worker in self.registry)
+        return can_decode or self._clock() - self._could_decode_at <= self.lease.lease_ttl_s
+
     def prefill_tokens_per_s(self) -> float:
         """What all workers that prefill compute together, as far as they have measured it."""
         ready = [w for w in self.registry.ready() if w.load is not None and w.welcome is not None]
@@ -286,6 +296,8 @@ class Dispatcher:
             pass  # not before it has said who it is
         elif isinstance(message, Load):
             worker.on_load(message, now)
+            if worker.can_decode:
+                self._could_decode_at = now
             self._is_poked = True
         elif isinstance(message, SummaryDelta | SummarySnapshot | SummaryDigest):
             self._on_summary(worker, message, now)
@@ -426,12 +438,7 @@ class Dispatcher:
 
     def _check_queue(self, now: float) -> None:
         """Give up what waits where nobody is left who could decode it."""
-        if any(worker.can_decode for worker in self.registry) or not len(self.queue):
-            self._no_decode_since = None
-            return
-        if self._no_decode_since is None:
-            self._no_decode_since = now
-        elif now - self._no_decode_since > self.lease.lease_ttl_s:
+        if not self.may_decode():
             for sequence in self.queue.all():
                 sequence.give_up("no decode worker came back", now)
 

@@ -228,6 +228,8 @@ class Registry:
         self.index = index
         self._by_address: dict[str, Worker] = {}
         self._free_numbers: list[int] = []
+        self._last_max_model_len: int | None = None
+        """Of workers that were removed, for the time in which all are being replaced."""
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_address.values())
@@ -247,6 +249,7 @@ class Registry:
         """Forget a worker whose link is closed, and all its pages: its number is given again."""
         assert not worker.decodes
         assert not worker.prefills
+        self._last_max_model_len = self.max_model_len()
         del self._by_address[worker.address]
         self.index.drop_worker(worker.number)
         heapq.heappush(self._free_numbers, worker.number)
@@ -260,12 +263,12 @@ class Registry:
         return next((w for w in self._by_address.values() if w.is_ready and w.uuid == uuid), None)
 
     def max_model_len(self) -> int | None:
-        """Longest sequence that every live worker takes, tokens; None before the first Welcome."""
+        """Longest sequence that every live worker takes, or took at last; None before the first Welcome."""
         known = [w for w in self._by_address.values() if w.welcome is not None and w.refused is None]
         live = [w for w in known if w.is_up]
         welcomes = [w.welcome for w in live or known if w.welcome is not None]
         lengths = [min(w.max_model_len, w.num_pages * w.layout.page_size) for w in welcomes]
-        return min(lengths, default=None)
+        return min(lengths, default=self._last_max_model_len)
 
     def facts(self, prompt: PromptHashes, now: float) -> list[WorkerFacts]:
         """Describe every ready worker, with what it holds of a prompt."""

@@ -72,8 +72,8 @@ class RouterService:
         return length
 
     def healthy(self) -> bool:
-        """Whether a new request would be served."""
-        return not self._is_draining and self._can_serve()
+        """Whether a new request would be served at once."""
+        return not self._is_draining and any(worker.can_decode for worker in self._dispatcher.registry)
 
     def workers(self) -> list[dict[str, Any]]:
         """Every worker that was ever seen, by id."""
@@ -135,13 +135,10 @@ class RouterService:
 
     # --- taking in ---------------------------------------------------------------------------
 
-    def _can_serve(self) -> bool:
-        return any(worker.can_decode for worker in self._dispatcher.registry)
-
     def _check(self, request: GenerateRequest) -> None:
         if self._is_draining:
             raise WorkerError("the router is draining")
-        if not self._can_serve():
+        if not self._dispatcher.may_decode():
             raise WorkerError("no decode worker is ready")
         limit = self.max_model_len("")
         longest = max(map(len, request.prompts))

@@ -194,13 +194,28 @@ def test_a_full_queue_is_answered_429(cluster: Cluster) -> None:
         assert {answer.result().status_code for answer in waiting} == {200}
 
 
-def test_without_a_decode_worker_it_is_unhealthy_and_answers_503(pair: Cluster) -> None:
-    assert pair.http.get("/health").status_code == 200
-    for name in ("decode-0", "decode-1"):
-        pair.kill(name)
-    eventually(lambda: pair.http.get("/health").status_code == 503, "it says so")
-    assert pair.http.get("/live").status_code == 200
-    assert pair.complete().status_code == 503
+def test_without_a_decode_worker_it_is_unhealthy_and_answers_503(cluster: Cluster) -> None:
+    """The second at once: where none has come back in time, none is waited for."""
+    cluster.start_worker("prefill-0")
+    cluster.start_worker("decode-0")
+    cluster.start_router(lease={"lease_ttl_s": 1.0})
+    assert cluster.http.get("/health").status_code == 200
+    cluster.kill("decode-0")
+    eventually(lambda: cluster.http.get("/health").status_code == 503, "it says so")
+    assert cluster.http.get("/live").status_code == 200
+    assert [cluster.complete().status_code for _ in range(2)] == [503, 503]
+
+
+def test_a_request_waits_for_a_decode_worker_that_starts_again(cluster: Cluster) -> None:
+    cluster.start_worker("decode-0")
+    cluster.start_router()
+    cluster.kill("decode-0")
+    eventually(lambda: cluster.http.get("/health").status_code == 503, "it is lost")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(cluster.complete)
+        eventually(lambda: len(cluster.http.get("/disagg/requests").json()) == 1, "it waits")
+        cluster.start_worker("decode-0")
+        assert answer.result().status_code == 200
 
 
 def test_sigterm_drains_and_the_status_is_0(pair: Cluster) -> None:

@@ -133,6 +133,32 @@ def test_a_terminating_worker_keeps_what_it_has_and_gets_nothing_new(
     assert client.tokens == [10, 11]
 
 
+def test_a_request_waits_for_the_only_worker_s_successor(release: Release, router: Harness) -> None:
+    """Both changes come at once where the watch paused meanwhile; the new link takes a moment to stand."""
+    release.tell(decode_0="ready")
+    release.join("decode-0")
+    release.tell(decode_0="terminating", decode_1="ready")
+    client = router.submit(max_tokens=1)
+    new = release.join("decode-1")
+    new.tokens(new.take(Generate), 0, 10, finish="length")
+    assert client.tokens == [10]
+
+
+@pytest.mark.parametrize("role", ["decode", "unified"])
+def test_a_request_waits_while_no_worker_is_left_at_all(release: Release, router: Harness, role: str) -> None:
+    """With `maxUnavailable: 1` the old pod is gone from the slices before the new one is in them."""
+    release.tell(**{f"{role}_0": "ready"})  # type: ignore[arg-type]
+    release.join(f"{role}-0").die()
+    release.tell()
+    router.advance(20.0)
+    assert release.addresses() == []
+    client = router.submit(max_tokens=1)
+    release.tell(**{f"{role}_1": "ready"})  # type: ignore[arg-type]
+    new = release.join(f"{role}-1")
+    new.tokens(new.take(Generate), 0, 10, finish="length")
+    assert client.tokens == [10]
+
+
 def test_without_any_other_worker_the_terminating_one_does_not_serve(
     release: Release, router: Harness
 ) -> None:
@@ -140,6 +166,7 @@ def test_without_any_other_worker_the_terminating_one_does_not_serve(
     release.join("decode-0")
     release.tell(decode_0="terminating")
     assert not router.service.healthy()
+    router.advance(30.1)
     with pytest.raises(WorkerError):
         router.submit()
 

@@ -183,7 +183,7 @@ class System:
 
     def submit(self) -> None:
         rng = self.rng
-        if not self.harness.service.healthy():
+        if not self.harness.dispatcher.may_decode():
             return
         prompt = [rng.randrange(3) for _ in range(rng.choice((5, 16, 50, 130)))]
         override = rng.choice((None, None, None, "always", "never"))
