@@ -1,6 +1,6 @@
 """Which of FlashInfer's kernels our backends use, and compiling them ahead, on a machine without a GPU.
 
-    python -m disagg.attention.flashinfer_kernels --head-dims 64 128 256 --dtypes bfloat16 float16
+    python -m disagg.attention.flashinfer_kernels --head-dims 128 --dtypes bfloat16 --phases prefill
 
 puts them where FlashInfer looks first, into its own package. It needs nvcc (`pip install --group
 cuda-build`, or CUDA_HOME), a C++ compiler, and ten minutes of processor time for each kernel of a
@@ -26,7 +26,8 @@ import torch
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 FA2, FA3 = "fa2", "fa3"
-"""FA3 is prefill on Hopper; FA2 prefill elsewhere, and decode everywhere."""
+HOPPER_BACKENDS = {"prefill": FA3, "decode": FA2}
+"""On other cards prefill is FA2 too."""
 HOPPER_ARCH = "9.0a"
 
 
@@ -50,15 +51,18 @@ def load(backend: str, dtype: torch.dtype, head_dim: int) -> None:
     get_batch_prefill_module(backend, *arguments(dtype, head_dim))
 
 
-def compile_ahead(head_dims: Iterable[int], dtypes: Iterable[torch.dtype]) -> list[Path]:
-    """Compile the kernels of both phases for Hopper, or FLASHINFER_CUDA_ARCH_LIST; those there are left."""
+def compile_ahead(
+    head_dims: Iterable[int], dtypes: Iterable[torch.dtype], phases: Iterable[str] = tuple(HOPPER_BACKENDS)
+) -> list[Path]:
+    """Compile kernels for Hopper, or FLASHINFER_CUDA_ARCH_LIST; those there are left. Returns new ones."""
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", HOPPER_ARCH)
     wheels = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")
     if (wheels / "bin" / "nvcc").exists():
         os.environ.setdefault("CUDA_HOME", str(wheels))
     from flashinfer.jit import build_jit_specs
 
-    specs = [spec_of(*kernel) for kernel in product((FA3, FA2), dtypes, head_dims)]
+    backends = [HOPPER_BACKENDS[phase] for phase in phases]
+    specs = [spec_of(*kernel) for kernel in product(backends, dtypes, head_dims)]
     missing = [spec for spec in specs if not spec.is_aot]
     with tempfile.TemporaryDirectory() as folder:
         _make_link_names(wheels / "lib", Path(folder))
@@ -88,9 +92,11 @@ def main() -> None:
     )
     parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--dtypes", type=_dtype, nargs="+", default=DTYPES)
+    phases = tuple(HOPPER_BACKENDS)
+    parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     a = parser.parse_args()
     began = time.monotonic()
-    for path in compile_ahead(a.head_dims, a.dtypes):
+    for path in compile_ahead(a.head_dims, a.dtypes, a.phases):
         print(f"{path.stat().st_size / 1e6:.1f} MB {path}")
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
 
