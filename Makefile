@@ -63,6 +63,8 @@ lock: ## Pin the dependencies again: names, versions and hashes
 	  --no-emit-index-url >> constraints.txt
 	$(UV) pip compile -q --group pyproject.toml:cuda-build --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url --universal --python-version 3.11 -c constraints.txt -o constraints-cuda.txt
+	$(UV) pip compile -q pyproject.toml --extra cuda --excludes docker/excluded-cuda.txt --no-header --no-annotate \
+	  --no-emit-index-url --universal --python-version 3.11 -c constraints.txt -o docker/pinned-cuda.txt
 
 clean: ## Remove what was built
 	rm -rf .venv build
