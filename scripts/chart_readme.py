@@ -28,7 +28,7 @@ Serve large language models with prefill and decode in separate pools.
 
 ```
 helm install chat charts/disagg
-helm test chat --logs
+helm test chat
 kubectl port-forward svc/chat-router 8000
 ```
 

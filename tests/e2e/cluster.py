@@ -45,6 +45,14 @@ def helm(*arguments: str, timeout_s: float = 600) -> str:
     return run("helm", "--namespace", NAMESPACE, *arguments, timeout_s=timeout_s)
 
 
+def helm_test(release: str) -> str:
+    """What `helm test` prints; its pod's log comes on stderr."""
+    command = ["helm", "--namespace", NAMESPACE, "test", release]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def get(kind: str, *arguments: str) -> list[dict[str, Any]]:
     """Objects of a kind."""
     found: list[dict[str, Any]] = json.loads(kubectl("get", kind, "-o", "json", *arguments))["items"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.cluster import Release, get, helm, installed, kubectl, wait_until
+from e2e.cluster import Release, get, helm_test, installed, kubectl, wait_until
 
 ROLES = {"prefill": "prefill", "decode": "decode"}
 
@@ -26,11 +26,12 @@ def _objects(name: str) -> list[dict]:
 
 def test_helm_test_moves_kv(release: Release) -> None:
     """A chat completion forced through both pools, with the API key of the release."""
-    printed = helm("test", release.name, "--logs")
+    printed = helm_test(release.name)
     pods = {role: release.pods(role)[0]["metadata"]["name"] for role in ROLES}
-    assert f"prefill worker: {pods['prefill']}" in printed
-    assert f"decode worker:  {pods['decode']}" in printed
-    assert "KV moved:" in printed
+    assert f"prefill worker {pods['prefill']} and decode worker {pods['decode']}, which got" in printed
+    assert not get(
+        "pods", "-l", f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component=test"
+    )
 
 
 def test_every_object_has_the_labels(release: Release) -> None:
@@ -76,7 +77,7 @@ def test_an_upgrade_keeps_the_key(release: Release) -> None:
     before = get("secret", "--field-selector=metadata.name=chat-keys")[0]["data"]
     release.apply(router={"env": [{"name": "UPGRADED", "value": "1"}]})
     assert get("secret", "--field-selector=metadata.name=chat-keys")[0]["data"] == before
-    helm("test", release.name)
+    helm_test(release.name)
 
 
 def test_an_impossible_tensor_size_is_told_by_the_pod() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from e2e.cluster import NAMESPACE, Release, get, helm, installed, kubectl, wait_until
+from e2e.cluster import NAMESPACE, Release, get, helm_test, installed, kubectl, wait_until
 
 SIZE = 3
 """The default model has three KV heads."""
@@ -64,7 +64,7 @@ def release() -> Iterator[Release]:
 
 def test_pods_of_one_worker_are_one_worker(release: Release) -> None:
     """Behind the chart's network policies, and in nobody's list but as one."""
-    assert "decode worker:  wide-decode-0\n" in helm("test", release.name, "--logs")
+    assert "decode worker wide-decode-0," in helm_test(release.name)
     (decode,) = [worker for worker in release.call("/disagg/workers") if worker["role"] == "decode"]
     assert (decode["tensor_parallel_size"], len(decode["rank_pids"])) == (SIZE, SIZE)
     kubectl("delete", "pod", "wide-decode-0-2", "--grace-period=0", "--force")

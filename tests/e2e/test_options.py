@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from e2e.cluster import Pod, Release, helm, installed, kubectl, run
+from e2e.cluster import Pod, Release, helm_test, installed, kubectl, run
 
 CERTIFICATES = Path(__file__).parents[1] / "support" / "certificates"
 CLAIM = """
@@ -50,7 +50,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
 
 
 def test_the_claim_s_model_is_served_through_both_pools_over_tls(release: Release) -> None:
-    assert "KV moved:" in helm("test", release.name, "--logs")
+    assert " bytes of KV in " in helm_test(release.name)
     (model,) = release.call("/v1/models")["data"]
     assert model["id"] == "smol"
     assert kubectl("get", "secrets", "-o", "name").count("own-keys") == 0
@@ -58,7 +58,7 @@ def test_the_claim_s_model_is_served_through_both_pools_over_tls(release: Releas
 
 def test_every_router_answers_for_the_records_of_all(release: Release) -> None:
     """The helm test went through one of them."""
-    helm("test", release.name)
+    helm_test(release.name)
     pods = [pod["metadata"]["name"] for pod in release.pods("router")]
     script = (
         "import httpx,sys;"

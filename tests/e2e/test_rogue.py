@@ -2,7 +2,7 @@
 
 import pytest
 
-from e2e.cluster import Pod, Release, helm, installed, kubectl
+from e2e.cluster import Pod, Release, helm_test, installed, kubectl
 
 
 def _reached(release: Release) -> dict:
@@ -24,7 +24,7 @@ def test_network_policy_closes_every_port_of_a_worker() -> None:
     """The release itself goes on working behind it."""
     with installed("closed") as release:
         assert _reached(release) == {"open": [], "answers": [None, None]}
-        helm("test", release.name)
+        helm_test(release.name)
 
 
 def test_without_an_allowed_key_the_control_port_says_nothing() -> None:
@@ -33,4 +33,4 @@ def test_without_an_allowed_key_the_control_port_says_nothing() -> None:
         reached = _reached(release)
         assert {5600, 8080} <= set(reached["open"])
         assert reached["answers"] == [None, None]
-        helm("test", release.name)
+        helm_test(release.name)

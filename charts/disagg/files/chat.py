@@ -34,11 +34,11 @@ request = {"model": models["data"][0]["id"], "messages": question, "max_tokens":
 request_id, answer = call("POST", "/v1/chat/completions", request)
 _, record = call("GET", f"/disagg/requests/{request_id}")
 kv = record["kv"] or {"bytes_received": 0, "pages": 0}
-print(f"answer:         {answer['choices'][0]['message']['content']!r}")
-print(f"decision:       {record['decision']}")
-print(f"prefill worker: {record['prefill_worker']}")
-print(f"decode worker:  {record['decode_worker']}")
-print(f"KV moved:       {kv['bytes_received']} bytes in {kv['pages']} pages")
+said = answer["choices"][0]["message"]["content"]
+prefill, decode = record["prefill_worker"], record["decode_worker"]
+moved = f"{kv['bytes_received']} bytes of KV in {kv['pages']} pages"
+# One line, for Helm 4 prints it as one.
+print(f"{said!r} by prefill worker {prefill} and decode worker {decode}, which got {moved}")
 if os.environ["DISAGGREGATED"] == "true":
     assert record["decision"] == "disaggregated", record
     assert kv["bytes_received"] == kv["bytes_expected"] > 0, record
