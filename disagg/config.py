@@ -76,7 +76,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     attention_backend: Annotated[
         str,
         Meta(
-            description="`auto`, `cpu`, `cuda` (decode only), `fi`, `fa` or `reference`; "
+            description="`auto`, `cpu`, `cuda` (decode only), `fi` or `reference`; "
             "one for both phases, or PREFILL,DECODE."
         ),
     ] = "auto"

@@ -126,8 +126,7 @@ def check_attention() -> Finding:
     """List the attention backends that can be asked for here."""
     import torch
 
-    modules = {"fi": "flashinfer", "fa": "flash_attn"}
-    usable = ["cpu", *(name for name, module in modules.items() if importlib.util.find_spec(module))]
+    usable = ["cpu", *(["fi"] if importlib.util.find_spec("flashinfer") else [])]
     if torch.cuda.is_available() and usable == ["cpu"]:
         advice = "Install disagg[cuda] for FlashInfer: there is a GPU and no attention kernel for it."
         return Finding("attention", "missing", "cpu only", advice)

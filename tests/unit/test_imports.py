@@ -73,7 +73,6 @@ OWNERS = {
     "kubernetes": {"kubernetes/client.py"},
     "nixl": {"transfer/nixl.py"},
     "flashinfer": {"attention/flashinfer.py", "attention/flashinfer_kernels.py"},
-    "flash_attn": {"attention/flash_attn.py"},
 }
 
 
