@@ -1,5 +1,6 @@
 """Rolled, scaled, drained and lost under steady streaming load, and no request is lost."""
 
+import base64
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from e2e.cluster import CommandFailed, Pod, Release, get, installed, kubectl, ru
 REQUESTS = int(os.environ.get("DISAGG_E2E_REQUESTS", "90"))
 """At least so many in each test: six tests make more than 500."""
 CLIENTS = 4
+COMPONENTS = ("router", "prefill", "decode")
 API_AWAY_S = float(os.environ.get("DISAGG_E2E_API_AWAY_S", "30"))
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 
@@ -35,7 +37,7 @@ def load(release: Release) -> Iterator[None]:
         wait_until("load has started", lambda: any(e["event"] == "started" for e in pod.events()), 180)
         yield
         kubectl("exec", "load", "--", "touch", "/tmp/stop")
-        events = pod.wait(400)
+        events = pod.wait(400 + 2 * REQUESTS)
         _note(events[-1])
         assert events[-1]["lost"] == 0, events
         assert events[-1]["sent"] >= REQUESTS
@@ -59,7 +61,7 @@ def _is_idle(release: Release) -> bool:
     return bool(workers) and all(w["leases"] == 0 and w["pages"]["in_use"] == 0 for w in workers)
 
 
-@pytest.mark.parametrize("component", ["router", "prefill", "decode"])
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_rolling_upgrade(release: Release, component: str) -> None:
     with load(release):
         release.roll(component)
@@ -75,6 +77,38 @@ def test_scale_down(release: Release) -> None:
             kubectl("scale", f"deploy/busy-{component}", "--replicas=2")
         for component in ("prefill", "decode"):
             release.wait_rolled(component)
+
+
+def test_changed_key(release: Release) -> None:
+    """By the documented steps, where the roll is an upgrade: Helm keeps what the Secret holds by then."""
+    old, new = _keys()["current"], base64.b64encode(os.urandom(32)).decode()
+    with load(release):
+        _set_keys(release, current=old, next=new)
+        _set_keys(release, current=new, previous=old)
+        release.apply(**{component: {"env": [{"name": "KEY", "value": "new"}]} for component in COMPONENTS})
+        for component in COMPONENTS:
+            release.wait_rolled(component)
+        assert _keys() == {"current": new, "previous": old}
+        _set_keys(release, current=new)
+
+
+def _keys() -> dict[str, str]:
+    keys: dict[str, str] = json.loads(kubectl("get", "secret", "busy-keys", "-o", "json"))["data"]
+    return keys
+
+
+def _set_keys(release: Release, **keys: str) -> None:
+    """Have the Secret hold these, and wait until every pod's folder does."""
+    data = dict.fromkeys(_keys()) | keys
+    kubectl("patch", "secret", "busy-keys", "--type=merge", "--patch", json.dumps({"data": data}))
+    # A pod that changes is looked at at once, others within a minute or two.
+    kubectl("annotate", "pods", "--all", "--overwrite", f"keys={'-'.join(keys)}")
+    expected = "".join(f"{name} {keys[name]}\n" for name in sorted(keys))
+    shown = ("sh", "-c", "cd /etc/disagg/keys && for k in *; do echo $k $(base64 -w0 $k); done")
+    for component in COMPONENTS:
+        for pod in release.pods(component):
+            command = ("exec", pod["metadata"]["name"], "--", *shown)
+            wait_until("the kubelet has brought the keys", lambda: kubectl(*command) == expected, 180)  # noqa: B023
 
 
 def _other_nodes() -> list[str]:
@@ -96,7 +130,7 @@ def test_drained_node(release: Release) -> None:
                 "--delete-emptydir-data",
                 "--timeout=240s",
             )
-            for component in ("router", "prefill", "decode"):
+            for component in COMPONENTS:
                 release.wait_rolled(component)
     finally:
         run("kubectl", "uncordon", nodes[0])
