@@ -4,7 +4,7 @@
 
 puts them where FlashInfer looks first, into its own package. It needs nvcc (`pip install --group
 cuda-build`, or CUDA_HOME), a C++ compiler, and ten minutes of processor time for each kernel of a
-head size and a type. `MAX_JOBS` bounds how many compilers run at once; each takes a few GB.
+head size and a type. `MAX_JOBS` bounds how many compilers run at once; each takes 1 to 2 GB.
 
 Imports nothing of ours: an image compiles in a layer that only a change of this file touches.
 """
