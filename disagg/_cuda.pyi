@@ -6,7 +6,9 @@ ValueError; what indices say is not checked. `stream` is the raw handle of a CUD
 launches there, and may be captured in a graph. RuntimeError where CUDA refuses the launch.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 def rms_norm(
@@ -105,3 +107,38 @@ class DecodeAttention:
         stream: int,
     ) -> None:
         """Attend with `q` `[rows, heads, head_dim]`; rows whose kv_len is 0 become zeros in `out`."""
+
+class PeerCopier:
+    """Maps pools of other processes of this host and copies runs into them, on a stream of its own.
+
+    One thread uses it. RuntimeError in CUDA's words where a pool cannot be exported or mapped, or a
+    copy failed. Mapped memory stays, whatever becomes of its process, until it is closed.
+    """
+
+    def __init__(self, device: int, blocks: int) -> None:
+        """Copy from this device, by so many of its multiprocessors."""
+
+    def handle(self, address: int) -> tuple[bytes, int]:
+        """Make what lets another process map the memory at an address, and how far in that lies."""
+
+    def open(self, handle: bytes, num_bytes: int) -> int:
+        """Map what a handle of another process stands for, so large at least; returns its first address."""
+
+    def close(self, base: int) -> None:
+        """Unmap it. Every copy into it must have ended."""
+
+    def copy(
+        self,
+        source: int,
+        target: int,
+        source_offsets: NDArray[np.int64],
+        target_offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> int:
+        """Begin to copy runs of bytes, all in multiples of 16; returns what `is_done` asks for."""
+
+    def is_done(self, copy: int) -> bool:
+        """Whether a copy has landed in full; asked no more once it was."""
+
+    def wait(self) -> None:
+        """Wait until no copy is under way."""

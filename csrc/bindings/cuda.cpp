@@ -166,6 +166,7 @@ void embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& out,
 }  // namespace
 
 void bind_attention(nb::module_& m);  // cuda_attention.cpp
+void bind_peer(nb::module_& m);       // cuda_peer.cpp
 
 }  // namespace disagg::bindings
 
@@ -182,4 +183,5 @@ NB_MODULE(_cuda, m) {
   m.def("gather_tokens", &b::gather_tokens, "token_ids"_a, "slots"_a, "last_tokens"_a, "stream"_a);
   m.def("embedding", &b::embedding, "token_ids"_a, "weight"_a, "out"_a, "stream"_a);
   b::bind_attention(m);
+  b::bind_peer(m);
 }
