@@ -17,6 +17,7 @@ RoleName = Literal["prefill", "decode", "unified"]
 PrefixCacheName = Literal["radix", "none"]
 RoutingPolicyName = Literal["cost", "prefix", "least_load", "round_robin"]
 DisaggregateMode = Literal["always", "auto", "never"]
+TransportBackend = Literal["auto", "nixl", "cuda_ipc"]
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 
@@ -102,6 +103,18 @@ class LeaseConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = 120.0
 
 
+class TransferConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV pages move between workers."""
+
+    transport_backend: Annotated[
+        TransportBackend,
+        Meta(
+            description="`nixl`; `cuda_ipc`, between GPUs of one host and nothing else; or `auto`: "
+            "`cuda_ipc` where that is possible, else `nixl`."
+        ),
+    ] = "auto"
+
+
 class NodesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A worker whose ranks are spread over several nodes."""
 
@@ -163,6 +176,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     lease: LeaseConfig = LeaseConfig()
+    transfer: TransferConfig = TransferConfig()
     nodes: NodesConfig = NodesConfig()
 
 
@@ -262,6 +276,7 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     lease: LeaseConfig = LeaseConfig()
+    transfer: TransferConfig = TransferConfig()
     routing: RoutingConfig = RoutingConfig()
 
 

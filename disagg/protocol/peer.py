@@ -32,6 +32,10 @@ class RankEndpoint(Struct, frozen=True, array_like=True):
     memory: str
     """`DRAM` or `VRAM`."""
     device_id: int
+    ipc_handle: bytes = b""
+    """CUDA's handle of the allocation that the pool lies in; empty where it has none.."""
+    ipc_offset: int = 0
+    """Where in it the pool begins."""
 
 
 class PeerHello(Struct, frozen=True, array_like=True, tag="peer_hello"):
@@ -82,6 +86,8 @@ class PushDone(Struct, frozen=True, array_like=True, tag="push_done"):
     """Its output position."""
     finished: bool
     """It was the last token: decode only keeps the KV."""
+    transport: str = ""
+    """What carried it, of its sender's choice.."""
 
 
 FromPeer = PeerHello | PeerFence | PeerFenced | PeerBye

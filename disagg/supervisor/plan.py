@@ -71,5 +71,6 @@ def _worker(config: ServeConfig, role: RoleName, index: int, runtime_dir: Path) 
         model=config.model,
         engine=engine,
         lease=config.lease,
+        transfer=config.transfer,
     )
     return ProcessSpec(name=name, command="worker", config=worker)

@@ -2,8 +2,8 @@
 
 Owns the plan (which byte runs go where), the transports that carry them and the thread that
 drives one. May import `protocol`, `errors` and `kv.layout`; never torch. Read `plan.py`, then
-`mover.py`, which is the state machine of a push; `base.py` is the seam to a transport, and
-`nixl.py` the only file that knows NIXL.
+`mover.py`, which is the state machine of a push; `base.py` is the seam to a transport, `nixl.py` the
+only file that knows NIXL, and `cuda_ipc.py` the shorter way between GPUs of one host.
 """
 
 from disagg.transfer.base import PoolMemory, Transport

@@ -88,6 +88,9 @@ class Transport(Protocol):
     def endpoint(self) -> RankEndpoint:
         """Say how peers reach this rank's pool; goes into the worker's PeerHello."""
 
+    def carrier(self, peer_uuid: str) -> str:
+        """Name what carries writes to a connected peer."""
+
     def connect(self, peer: PeerHello) -> None:
         """Learn how to reach every rank of a peer. A second call with the same uuid does nothing.
 
@@ -96,9 +99,9 @@ class Transport(Protocol):
         """
 
     def disconnect(self, peer_uuid: str) -> None:
-        """Forget a peer; its open writes end with LinkLost at the next poll. Idempotent.
+        """Forget a peer. Its open writes end with LinkLost at the next poll, or once they have landed.
 
-        That is no fence: bytes already handed to the network may still land for a moment.
+        Idempotent. LinkLost is no fence: bytes already handed to the network may still land for a moment.
         """
 
     def post(self, write: Write) -> WriteId:

@@ -94,6 +94,10 @@ class MemoryTransport:
             device_id=self._pool.device_id,
         )
 
+    def carrier(self, peer_uuid: str) -> str:
+        """Name what carries writes to a peer."""
+        return self.name
+
     def connect(self, peer: PeerHello) -> None:
         """Learn how to reach every rank of a peer."""
         for endpoint in peer.ranks:

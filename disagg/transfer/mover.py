@@ -137,6 +137,8 @@ class PushComplete:
     num_bytes: int
     seconds: float
     """In which any write of it was under way; the gaps while chunks are computed do not count."""
+    transport: str
+    """What carried it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +396,8 @@ class KvMover:
         self._end(push)
         del self._pushes[push.key]
         num_bytes = sum(push.bytes_by_rank.values())
-        self._events.append(PushComplete(push.key, push.num_pages, num_bytes, push.moved_s))
+        carrier = self._transport.carrier(push.peer_uuid)
+        self._events.append(PushComplete(push.key, push.num_pages, num_bytes, push.moved_s, carrier))
 
     def _notify(self, push: _Push, finish: FinishPush) -> None:
         for target_rank, num_bytes in push.bytes_by_rank.items():
@@ -407,6 +410,7 @@ class KvMover:
                 token_id=finish.token_id,
                 position=finish.position,
                 finished=finish.finished,
+                transport=self._transport.carrier(push.peer_uuid),
             )
             self._transport.notify(push.peer_uuid, target_rank, encode(done))
         self._linger_until = self._clock() + NOTIFY_LINGER_S

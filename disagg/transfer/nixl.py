@@ -94,6 +94,10 @@ class NixlTransport:
             device_id=self._pool.device_id,
         )
 
+    def carrier(self, peer_uuid: str) -> str:
+        """Name what carries writes to a peer."""
+        return self.name
+
     def connect(self, peer: PeerHello) -> None:
         """Load the metadata of every rank of a peer; links open with the first write."""
         if peer.uuid in self._peers:

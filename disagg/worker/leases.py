@@ -63,6 +63,8 @@ class KvComplete:
     """What the notifications told. Where it is not as expected the lease is broken instead."""
     wait_s: float
     """From the grant to the last notification."""
+    transport: str
+    """What carried it; empty from an old worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Pushed:
     num_bytes: int
     seconds: float
     """The slowest rank's."""
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +414,7 @@ class LeaseTable:
         return self.abort(key, uuid)
 
     def on_push_complete(
-        self, key: Key, rank: int, num_pages: int, num_bytes: int, seconds: float
+        self, key: Key, rank: int, num_pages: int, num_bytes: int, seconds: float, transport: str
     ) -> list[Effect]:
         """One of our ranks has pushed its share and notified."""
         lease = self._leases.get(key)
@@ -424,7 +427,7 @@ class LeaseTable:
             return []
         lease.state = _State.LANDED
         pages, sizes, durations = zip(*lease.pushed.values(), strict=True)
-        return [Pushed(key, max(pages), sum(sizes), max(durations))]
+        return [Pushed(key, max(pages), sum(sizes), max(durations), transport)]
 
     def on_push_failed(self, key: Key, rank: int, detail: str) -> list[Effect]:
         """One of our ranks cannot push: the lease is broken. Whether it is fenced is asked of every rank."""
@@ -568,6 +571,7 @@ class LeaseTable:
                 bytes_expected=bytes_expected,
                 bytes_received=sum(each.num_bytes for each in lease.arrived.values()),
                 wait_s=self._clock() - lease.granted_at,
+                transport=done.transport,
             )
         ]
 

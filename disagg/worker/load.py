@@ -71,7 +71,9 @@ def load_worker(
     stages.end("ranks")
     rank = load_rank(config.model, config.engine, tp=group, progress=progress)
     stages.end("weights")
-    thread = make_transfer_thread(rank, uuid, 0, on_event=on_transfer, on_crash=on_crash)
+    thread = make_transfer_thread(
+        rank, uuid, 0, config.transfer.transport_backend, on_event=on_transfer, on_crash=on_crash
+    )
     own_endpoint = thread.start()
     try:
         endpoints = [own_endpoint, *ranks.wait_ready()]

@@ -67,6 +67,7 @@ def _run(start: RankStart, channel: Channel) -> None:
         rank,
         start.uuid,
         start.rank,
+        config.transfer.transport_backend,
         on_event=lambda event: channel.send(to_happened(event)),
         # Closed, the link tells rank 0 that this rank is lost.
         on_crash=lambda error: channel.close(),

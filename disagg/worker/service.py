@@ -205,8 +205,8 @@ class WorkerService:
             case ConnectFailed(peer_uuid, error):
                 if self._transfers.connect_failed(event):
                     self._lose_target(peer_uuid, failure_reason(error))
-            case PushComplete(key, num_pages, num_bytes, seconds):
-                self._do(self._table.on_push_complete(key, rank, num_pages, num_bytes, seconds))
+            case PushComplete(key, num_pages, num_bytes, seconds, transport):
+                self._do(self._table.on_push_complete(key, rank, num_pages, num_bytes, seconds, transport))
             case PushFailed(key, error):
                 self._fail_push(key, failure_reason(error), rank)
             case RankFenced(key):
@@ -503,7 +503,7 @@ class WorkerService:
                 bytes_expected=event.bytes_expected,
                 bytes_received=event.bytes_received,
                 wait_s=event.wait_s,
-                transport=self._identity.transport,
+                transport=event.transport or self._identity.transport,
             ),
         )
         self._engine.start(engine_id(event.key), event.token_id, event.finished)
@@ -516,9 +516,7 @@ class WorkerService:
         self._counts.sent_bytes += event.num_bytes
         self.outbox.to_router(
             attempt.router_id,
-            PrefillDone(
-                *event.key, event.num_pages, event.num_bytes, event.seconds, self._identity.transport
-            ),
+            PrefillDone(*event.key, event.num_pages, event.num_bytes, event.seconds, event.transport),
         )
         self._pushes.on_pushed(event)
         self._finish(attempt, "length")

@@ -24,6 +24,8 @@ LAYOUT = make_layout()
 class TransportContract:
     """Needs a fixture `make_transport`; what it makes is closed by the fixture."""
 
+    memory = "DRAM"
+
     @pytest.fixture
     def source_pool(self) -> Pool:
         return make_pool(LAYOUT, seed=1)
@@ -49,7 +51,7 @@ class TransportContract:
         assert endpoint.agent_name == agent_name("target", 0)
         assert endpoint.base_address == target_pool.ctypes.data
         assert (endpoint.num_pages, endpoint.page_bytes) == target_pool.shape
-        assert endpoint.memory == "DRAM"
+        assert endpoint.memory == self.memory
 
     def test_write_lands_where_the_plan_says_and_nowhere_else(
         self, source: Transport, target: Transport, hello: PeerHello, source_pool: Pool, target_pool: Pool

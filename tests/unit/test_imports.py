@@ -37,7 +37,7 @@ LAYERS = {
         "parallel",
         "protocol",
     },
-    "transfer": {"errors", "kv", "protocol"},
+    "transfer": {"_cuda", "errors", "kv", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol", "security"},
     "kubernetes": {"errors", "security", "telemetry"},

@@ -30,5 +30,5 @@ def test_what_the_user_has_set_is_left_alone() -> None:
 
 def test_unknown_transport_is_refused_by_name() -> None:
     pool = PoolMemory.of_array(make_pool(make_layout()))
-    with pytest.raises(ConfigError, match="transport must be one of nixl, got nccl"):
+    with pytest.raises(ConfigError, match="transport must be one of auto, nixl, cuda_ipc, got nccl"):
         make_transport("nccl", uuid="u", rank=0, pool=pool)

@@ -144,9 +144,11 @@ def test_push_of_two_chunks_lands_notifies_and_completes(
     mover.on_command(finish())
     clock.advance(0.25)
     num_bytes = 3 * prefill.pools[0].shape[1]
-    assert settle(mover, fabric) == [PushComplete(KEY, num_pages=3, num_bytes=num_bytes, seconds=0.75)]
+    assert settle(mover, fabric) == [
+        PushComplete(KEY, num_pages=3, num_bytes=num_bytes, seconds=0.75, transport="memory")
+    ]
     np.testing.assert_array_equal(decode.pools[0][[5, 6, 0]], prefill.pools[0][[1, 2, 9]])
-    done = PushDone("t", 1, 0, 0, num_bytes, token_id=42, position=3, finished=False)
+    done = PushDone("t", 1, 0, 0, num_bytes, token_id=42, position=3, finished=False, transport="memory")
     assert decode.mover.poll() == [Arrived("p", done)]
     assert mover.num_pushes == 0
 
@@ -176,7 +178,7 @@ def test_writes_that_landed_before_the_finish_complete_at_the_finish(
 def test_push_without_pages_still_notifies(decode: Worker, mover: KvMover) -> None:
     """Decode may hold every page already; it still needs the first token."""
     mover.on_command(chunk([], []))
-    assert mover.on_command(finish()) == [PushComplete(KEY, 0, 0, 0.0)]
+    assert mover.on_command(finish()) == [PushComplete(KEY, 0, 0, 0.0, "memory")]
     [arrived] = decode.mover.poll()
     assert isinstance(arrived, Arrived)
     assert arrived.done.num_bytes == 0

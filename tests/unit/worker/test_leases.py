@@ -65,7 +65,9 @@ def grant(
 
 def done(pair: tuple[int, int], key: Key = KEY, num_pages: int = len(PAGES), token_id: int = 7) -> PushDone:
     num_bytes = expected_bytes(THERE, HERE, num_pages).get(pair, 0)
-    return PushDone(key[0], key[1], pair[0], pair[1], num_bytes, token_id, position=0, finished=False)
+    return PushDone(
+        key[0], key[1], pair[0], pair[1], num_bytes, token_id, position=0, finished=False, transport="nixl"
+    )
 
 
 def arrive(leases: LeaseTable, *pairs: tuple[int, int], key: Key = KEY, uuid: str = "p") -> list[Effect]:
@@ -169,7 +171,16 @@ def test_kv_is_complete_when_every_pair_has_notified(leases: LeaseTable, clock: 
     (complete,) = arrive(leases, PAIRS[1])
     num_bytes = sum(expected_bytes(THERE, HERE, len(PAGES)).values())
     assert complete == KvComplete(
-        KEY, "p", 7, 0, False, num_pages=3, bytes_expected=num_bytes, bytes_received=num_bytes, wait_s=0.5
+        KEY,
+        "p",
+        7,
+        0,
+        False,
+        num_pages=3,
+        bytes_expected=num_bytes,
+        bytes_received=num_bytes,
+        wait_s=0.5,
+        transport="nixl",
     )
 
 
@@ -468,9 +479,9 @@ def test_awaited_transfers_are_counted_until_no_write_can_land(leases: LeaseTabl
 
 def test_push_has_landed_when_every_rank_is_complete(leases: LeaseTable) -> None:
     grant(leases, kind="outgoing")
-    assert leases.on_push_complete(KEY, 0, num_pages=3, num_bytes=100, seconds=0.5) == []
-    assert leases.on_push_complete(KEY, 1, num_pages=3, num_bytes=100, seconds=0.25) == [
-        Pushed(KEY, 3, 200, 0.5)
+    assert leases.on_push_complete(KEY, 0, num_pages=3, num_bytes=100, seconds=0.5, transport="nixl") == []
+    assert leases.on_push_complete(KEY, 1, num_pages=3, num_bytes=100, seconds=0.25, transport="nixl") == [
+        Pushed(KEY, 3, 200, 0.5, "nixl")
     ]
     assert leases.release(KEY) == [Freed(KEY, "outgoing", PAGES, "released")]
 
@@ -488,9 +499,9 @@ def test_aborted_push_keeps_its_pages_until_every_rank_is_fenced(leases: LeaseTa
 
 def test_push_that_completes_after_the_abort_is_fenced(leases: LeaseTable) -> None:
     grant(leases, kind="outgoing")
-    leases.on_push_complete(KEY, 0, 3, 100, 0.5)
+    leases.on_push_complete(KEY, 0, 3, 100, 0.5, "nixl")
     leases.abort(KEY)
-    leases.on_push_complete(KEY, 1, 3, 100, 0.5)
+    leases.on_push_complete(KEY, 1, 3, 100, 0.5, "nixl")
     assert freed(leases.on_rank_fenced(KEY, 0)) == [KEY]
 
 
@@ -545,8 +556,8 @@ def test_question_of_a_decode_worker_bars_what_has_not_come_yet(leases: LeaseTab
 
 def test_completed_push_is_fenced(leases: LeaseTable) -> None:
     grant(leases, kind="outgoing")
-    leases.on_push_complete(KEY, 0, 3, 100, 0.5)
-    leases.on_push_complete(KEY, 1, 3, 100, 0.5)
+    leases.on_push_complete(KEY, 0, 3, 100, 0.5, "nixl")
+    leases.on_push_complete(KEY, 1, 3, 100, 0.5, "nixl")
     effects = leases.abort(KEY, asker="r")
     assert effects == [Freed(KEY, "outgoing", PAGES, "aborted"), SayFenced(KEY, "r")]
 

@@ -457,8 +457,8 @@ class PrefillWorker(Worker):
         match event:
             case Connected(peer_uuid):
                 self.connected.add(peer_uuid)
-            case PushComplete(key, num_pages, num_bytes, seconds):
-                self.apply(self.leases.on_push_complete(key, rank, num_pages, num_bytes, seconds))
+            case PushComplete(key, num_pages, num_bytes, seconds, transport):
+                self.apply(self.leases.on_push_complete(key, rank, num_pages, num_bytes, seconds, transport))
             case PushFailed(key, error, _):
                 self.apply(self.leases.on_push_failed(key, rank, str(error)))
             case PushFenced(key):

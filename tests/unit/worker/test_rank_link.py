@@ -61,7 +61,7 @@ COMMANDS = [
 EVENTS = [
     Connected("uuid"),
     ConnectFailed("uuid", LayoutMismatch("page_size is 16 at the source and 8 at the target")),
-    PushComplete(KEY, 3, 12288, 0.25),
+    PushComplete(KEY, 3, 12288, 0.25, "nixl"),
     PushFailed(KEY, LinkLost("broke"), fenced=False),
     Fenced(KEY),
     Arrived("uuid", PushDone("t", 3, 1, 0, 12288, 42, 0, False)),
