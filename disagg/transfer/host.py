@@ -20,16 +20,18 @@ def host_id() -> str:
 def process_start_time(pid: int) -> int | None:
     """Read when a process started, in clock ticks since boot; None when it is gone.
 
-    A zombie counts as gone: its memory and its links are.
+    A zombie counts as gone, for its memory, its links and its GPU contexts are; but not one of which
+    another thread still lives: what they share is given up by the last of them.
     """
     try:
         stat = (PROC / str(pid) / "stat").read_text()
+        num_threads = len(os.listdir(PROC / str(pid) / "task"))
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command's name comes second, in parentheses, and may itself hold both of them.
     fields = stat.rpartition(")")[2].split()
     state, start_time = fields[0], int(fields[19])
-    return None if state in "ZX" else start_time
+    return None if state in "ZX" and num_threads <= 1 else start_time
 
 
 def is_process_gone(pid: int, start_time: int) -> bool:

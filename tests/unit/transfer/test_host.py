@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from disagg.transfer.host import host_id, is_process_gone, process_start_time
+from support.system import eventually
 
 
 def test_living_process_is_not_gone() -> None:
@@ -23,6 +24,24 @@ def test_ended_process_is_gone_even_before_it_is_reaped() -> None:
     assert is_process_gone(child.pid, start_time)
     child.communicate()
     assert is_process_gone(child.pid, start_time)
+
+
+def test_process_whose_first_thread_alone_has_ended_is_not_gone() -> None:
+    """It looks like a zombie, and its other threads, a GPU's channels among what they hold, write on."""
+    code = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        eventually(lambda: ") Z " in Path(f"/proc/{child.pid}/stat").read_text(), "the end of a thread")
+        start_time = process_start_time(child.pid)
+        assert start_time is not None
+        assert not is_process_gone(child.pid, start_time)
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_another_process_under_the_same_pid_is_not_the_one_meant() -> None:
