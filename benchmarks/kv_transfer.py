@@ -7,11 +7,18 @@ the prefill ranks to the last notification at the decode ranks. Beside it, from 
     layer-major  the same bytes pushed from and into pools laid out [layer, k/v, page, …], as other
                  engines lay them out: one descriptor for each page, layer, and K or V
 
+With `--cuda` the pools are on one GPU, pages go by CUDA IPC and by NIXL in turn, and the rows are
+kept in benchmarks/results/.
+
     python benchmarks/kv_transfer.py [--pages 1 16 64 256] [--repeat 9] [--tcp | --cuda]
+                                     [--model Llama-3-8B] [--tp 1 1]
 """
 
 import argparse
 import contextlib
+import importlib.metadata
+import itertools
+import json
 import os
 import statistics
 import sys
@@ -19,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +44,7 @@ from disagg.transfer import (
     pairs,
     plan_transfer,
 )
-from support.kv_ranks import DEVICE, Rank, hello_of
+from support.kv_ranks import DEVICE, TRANSPORT, Rank, hello_of
 
 SMOLLM2 = KvLayout(page_size=16, num_kv_heads=3, num_layers=30, head_dim=64, dtype="bfloat16", tp_size=1)
 LLAMA_8B = KvLayout(page_size=16, num_kv_heads=8, num_layers=32, head_dim=128, dtype="bfloat16", tp_size=1)
@@ -44,6 +52,9 @@ CASES = [
     ("SmolLM2-135M", SMOLLM2, [(1, 1), (3, 1), (1, 3), (3, 3)]),
     ("Llama-3-8B", LLAMA_8B, [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)]),
 ]
+TO_REACH_GB_S = 250.0
+"""256 pages of the 8B shape, from the submission to the last notification."""
+RESULTS = Path(__file__).parent / "results"
 LEAD_S = 0.02
 """Between giving ranks their commands and the instant at which all of them begin."""
 WARM_UP = 2
@@ -65,11 +76,24 @@ class Measured:
     def best_ms(self) -> float:
         return min(self.seconds) * 1e3
 
+    @property
+    def gigabytes_per_s(self) -> float:
+        return self.num_bytes / self.best_ms / 1e6
+
+    def to_row(self) -> dict[str, Any]:
+        return {
+            "bytes": self.num_bytes,
+            "descriptors": self.num_descriptors,
+            "median_ms": round(statistics.median(self.seconds) * 1e3, 3),
+            "best_ms": round(self.best_ms, 3),
+            "writes_ms": round(min(self.write_seconds) * 1e3, 3) if self.write_seconds else None,
+            "gigabytes_per_s": round(self.gigabytes_per_s, 1),
+        }
+
     def __str__(self) -> str:
         writes = f"{min(self.write_seconds) * 1e3:9.2f}" if self.write_seconds else f"{'':9}"
         median_ms = statistics.median(self.seconds) * 1e3
-        gigabytes_per_s = self.num_bytes / self.best_ms / 1e6
-        return f"{median_ms:9.2f} {self.best_ms:9.2f} {writes} {gigabytes_per_s:6.1f}"
+        return f"{median_ms:9.2f} {self.best_ms:9.2f} {writes} {self.gigabytes_per_s:6.1f}"
 
 
 class Workers:
@@ -193,8 +217,11 @@ def with_tp(layout: KvLayout, tp_size: int) -> KvLayout:
     )
 
 
-def compare(name: str, layout: KvLayout, sizes: list[tuple[int, int]], options: argparse.Namespace) -> None:
-    """Print one model's table."""
+def compare(
+    name: str, layout: KvLayout, sizes: list[tuple[int, int]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Print one model's table; return its rows."""
+    rows: list[dict[str, Any]] = []
     counts, num_pages = options.pages, max(options.pages)
     environ = {"UCX_TLS": "tcp,self"} if options.tcp else {}
     if options.cuda:
@@ -203,16 +230,17 @@ def compare(name: str, layout: KvLayout, sizes: list[tuple[int, int]], options: 
     print(f"\n{name}: {kib} KiB a page, {options.repeat} pushes each, scattered pages")
     columns = ("median ms", "best ms", "writes ms")
     titles = " ".join(f"{title:>9}" for title in columns)
-    print(f"{'':22}{'pages':>6} {'MB':>7} {'descr.':>7} {titles} {'GB/s':>6}  of memcpy")
+    print(f"{'':28}{'pages':>6} {'MB':>7} {'descr.':>7} {titles} {'GB/s':>6}  of memcpy")
     plain = memcpy(layout, num_pages, counts, options.repeat, options.cuda)
 
     def show(label: str, count: int, measured: Measured) -> None:
         share = plain[count].best_ms / measured.best_ms
         print(
-            f"{label:22}{count:6} {measured.num_bytes / 1e6:7.1f} {measured.num_descriptors:7} {measured}  "
+            f"{label:28}{count:6} {measured.num_bytes / 1e6:7.1f} {measured.num_descriptors:7} {measured}  "
             f"{share:8.0%}",
             flush=True,
         )
+        rows.append({"model": name, "what": label, "pages": count, **measured.to_row()})
 
     for count in counts:
         show("memcpy, one process", count, plain[count])
@@ -222,12 +250,33 @@ def compare(name: str, layout: KvLayout, sizes: list[tuple[int, int]], options: 
             pages = layer_major_pages(scattered(count, num_pages, 1), num_pages, layout.num_layers)
             targets = layer_major_pages(scattered(count, num_pages, 2), num_pages, layout.num_layers)
             show("push, layer-major 1→1", count, both.measure(pages, targets, options.repeat))
-    for source_tp, target_tp in sizes:
-        with workers(with_tp(layout, source_tp), with_tp(layout, target_tp), num_pages, environ) as both:
+    transports = ["cuda_ipc", "nixl"] if options.cuda else ["nixl"]
+    for (source_tp, target_tp), transport in itertools.product(sizes, transports):
+        here, there = with_tp(layout, source_tp), with_tp(layout, target_tp)
+        with workers(here, there, num_pages, {**environ, TRANSPORT: transport}) as both:
             for count in counts:
                 pages, targets = scattered(count, num_pages, 1), scattered(count, num_pages, 2)
                 measured = both.measure(pages, targets, options.repeat)
-                show(f"push, TP {source_tp}→{target_tp}", count, measured)
+                show(f"push, TP {source_tp}→{target_tp}, {transport}", count, measured)
+    return rows
+
+
+def keep(rows: list[dict[str, Any]]) -> None:
+    """Write what was measured on this card."""
+    import torch
+
+    card = torch.cuda.get_device_name()
+    result = {
+        "claim": "KV pages move between two processes on one GPU at hundreds of GB/s",
+        "card": card,
+        "to_reach": {"model": "Llama-3-8B", "pages": 256, "gigabytes_per_s": TO_REACH_GB_S},
+        "rows": rows,
+        "torch": torch.__version__,
+        "nixl": importlib.metadata.version("nixl"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"kv_transfer-{card.removeprefix('NVIDIA ').split()[0]}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> None:
@@ -236,13 +285,19 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--tcp", action="store_true", help="hold UCX to TCP, as between hosts without RDMA")
     parser.add_argument("--cuda", action="store_true", help="pools on the GPU, all on one")
+    parser.add_argument("--model", choices=[case[0] for case in CASES], help="this model alone")
+    parser.add_argument("--tp", type=int, nargs=2, help="these tensor-parallel sizes alone: source, target")
     options = parser.parse_args()
     lane = "TCP over loopback" if options.tcp else "what UCX chooses on one host"
     lane += ", pools on one GPU" if options.cuda else ""
     print(f"KV transfer on {len(os.sched_getaffinity(0))} cores, {lane}.")
     print("A push is timed from its submission at the prefill ranks to the last decode rank's notification.")
+    rows: list[dict[str, Any]] = []
     for name, layout, sizes in CASES:
-        compare(name, layout, sizes, options)
+        if options.model in (None, name):
+            rows += compare(name, layout, [tuple(options.tp)] if options.tp else sizes, options)
+    if options.cuda:
+        keep(rows)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ from support.system import running
 PROMPT = list(range(3, 300))
 
 
-@pytest.mark.parametrize("max_num_seqs", ["1", "16"])
+@pytest.mark.parametrize(
+    ("max_num_seqs", "backend", "transport"), [("1", "nixl", "nixl"), ("16", "auto", "cuda_ipc")]
+)
 def test_text_is_that_of_one_worker_and_every_byte_is_accounted_for(
-    tmp_path: Path, max_num_seqs: str
+    tmp_path: Path, max_num_seqs: str, backend: str, transport: str
 ) -> None:
     folder = make_checkpoint(tmp_path / "model", "qwen3", max_position_embeddings=1024)
     common = [str(folder), "--device", "cuda", "--dtype", "float32", "--attention-backend", "reference,cuda"]
     common += ["--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", max_num_seqs]
+    common += ["--transport-backend", backend]
     body = {"model": str(folder), "prompt": PROMPT, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     texts, records = [], []
     for pools in (["--unified", "1", "--prefill", "0", "--decode", "0"], ["--prefill", "1", "--decode", "1"]):
@@ -30,4 +33,4 @@ def test_text_is_that_of_one_worker_and_every_byte_is_accounted_for(
     kv = records[1]["kv"]
     assert kv["pages"] == 19
     assert kv["bytes_received"] == kv["bytes_expected"] > 0
-    assert kv["transport"] == "nixl"
+    assert kv["transport"] == transport

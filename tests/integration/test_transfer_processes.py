@@ -32,7 +32,7 @@ from disagg.transfer import (
     pairs,
     process_start_time,
 )
-from support.kv_ranks import DEVICE, Rank, hello_of
+from support.kv_ranks import DEVICE, TRANSPORT, Rank, hello_of
 from support.system import eventually
 from support.transfer import make_layout
 
@@ -48,7 +48,9 @@ LANES = [
     pytest.param({DEVICE: "cuda"}, id="gpu", marks=on_gpu),
 ]
 """What UCX chooses by itself on one host, what it has between hosts without RDMA, and pools on one GPU."""
+CUDA_IPC = pytest.param({DEVICE: "cuda", TRANSPORT: "cuda_ipc"}, id="cuda_ipc", marks=on_gpu)
 by_lane = pytest.mark.parametrize("environ", LANES)
+by_every_lane = pytest.mark.parametrize("environ", [*LANES, CUDA_IPC])
 
 Bytes = NDArray[np.uint8]
 MakeRank = Callable[..., Rank]
@@ -83,7 +85,7 @@ def push(
     )
 
 
-@pytest.mark.parametrize("environ", [LANES[0], LANES[2]])
+@pytest.mark.parametrize("environ", [LANES[0], LANES[2], CUDA_IPC])
 @pytest.mark.parametrize(("source_tp", "target_tp"), [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
 def test_pages_arrive_byte_by_byte_whatever_the_tensor_parallel_sizes(
     make_rank: MakeRank, source_tp: int, target_tp: int, environ: Mapping[str, str]
@@ -112,6 +114,7 @@ def test_pages_arrive_byte_by_byte_whatever_the_tensor_parallel_sizes(
     assert {(e.source_uuid, e.done.token_id, e.done.position, e.done.finished) for e in arrived} == {
         ("p", 7, 3, True)
     }
+    assert {e.done.transport for e in arrived} == {environ.get(TRANSPORT, "nixl")}
     expected = np.zeros((NUM_PAGES, 6, PageLayout.of(here).head_bytes), np.uint8)
     for pages, where in chunks:
         expected[where] = whole_pages(sources, here)[pages]
@@ -173,7 +176,7 @@ def test_killed_decode_worker_fails_the_push_and_fences_it(
     np.testing.assert_array_equal(other.pages()[4], source.pages()[3])
 
 
-@by_lane
+@by_every_lane
 def test_killed_prefill_worker_is_fenced_by_its_death(
     make_rank: MakeRank, environ: Mapping[str, str]
 ) -> None:
@@ -200,6 +203,41 @@ def test_killed_prefill_worker_is_fenced_by_its_death(
     np.testing.assert_array_equal(after[untouched], before[untouched])
 
 
+@pytest.mark.parametrize("environ", [CUDA_IPC])
+def test_a_mapped_pool_outlives_its_process_and_is_given_back_with_it(
+    make_rank: MakeRank, environ: Mapping[str, str]
+) -> None:
+    """What is written into it harms nobody and fails nothing; forgotten, the GPU has its memory again."""
+    source = make_rank("p", 0, BIG, seed=1, environ=environ)
+    _ = source.endpoint
+    free = source.ask("free_gpu_bytes")
+    target = make_rank("d", 0, BIG, num_pages=2048, environ=environ)
+    pool_bytes = 2048 * PageLayout.of(BIG).page_bytes
+    target.submit(AwaitKv(+1))
+    source.submit(Connect(hello_of("decode-0", "d", BIG, [target])))
+    source.expect(Connected)
+    busy_push(source, deadline_s=60.0, num_chunks=10)
+    target.kill()
+    busy_push(source, deadline_s=60.0, num_chunks=10)
+    assert free - source.ask("free_gpu_bytes") > 0.9 * pool_bytes
+    source.submit(Disconnect("d"))
+    failed = source.expect(PushFailed)
+    assert isinstance(failed.error, LinkLost)
+    if not failed.fenced:
+        assert source.expect(Fenced).key == KEY
+    eventually(lambda: free - source.ask("free_gpu_bytes") < 0.5 * pool_bytes, "the pool's memory")
+    other = make_rank("d2", 0, BIG, environ=environ)
+    source.submit(Connect(hello_of("decode-0", "d2", BIG, [other])))
+    source.expect(Connected)
+    other.submit(AwaitKv(+1))
+    source.submit(
+        PushChunk(("t", 2), "d2", [3], [4], time.monotonic() + 30.0), FinishPush(("t", 2), 1, 0, False)
+    )
+    source.expect(PushComplete)
+    assert other.expect(Arrived).done.generation == 2
+    np.testing.assert_array_equal(other.pages()[4], source.pages()[3])
+
+
 def test_decode_worker_that_hangs_fails_the_push_at_its_deadline(make_rank: MakeRank) -> None:
     """Not fenced before it goes on: what it has not received yet would land then."""
     source, target = start_busy_push(make_rank, TCP, deadline_s=4.0)
@@ -211,7 +249,7 @@ def test_decode_worker_that_hangs_fails_the_push_at_its_deadline(make_rank: Make
         assert source.expect(Fenced).key == KEY
 
 
-@by_lane
+@by_every_lane
 def test_aborted_push_is_fenced_and_writes_no_more(make_rank: MakeRank, environ: Mapping[str, str]) -> None:
     source, target = start_busy_push(make_rank, environ, deadline_s=60.0)
     source.submit(AbortPush(KEY), FinishPush(KEY, token_id=7, position=0, finished=False))

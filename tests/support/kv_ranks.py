@@ -1,4 +1,4 @@
-"""Ranks of workers as real processes, each with a `TransferThread` over NIXL and a pool of its own.
+"""Ranks of workers as real processes, each with a `TransferThread` and a pool of its own.
 
 The test's process asks and a rank answers, over a pipe; a rank ends with its parent.
 """
@@ -29,6 +29,8 @@ from disagg.transfer import (
 
 DEVICE = "KV_RANKS_DEVICE"
 """In a rank's environment: `cuda` puts its pool on the GPU."""
+TRANSPORT = "KV_RANKS_TRANSPORT"
+"""In a rank's environment: its transport, `nixl` where it is not set."""
 
 E = TypeVar("E")
 _SPAWN = multiprocessing.get_context("spawn")
@@ -151,7 +153,7 @@ class _Answers:
     def _make(self, uuid: str) -> tuple[TransferThread, RankEndpoint]:
         memory = PoolMemory.of_array(self.pool) if self.on_gpu is None else PoolMemory.of_tensor(self.on_gpu)
         thread = TransferThread(
-            lambda: make_transport("nixl", uuid=uuid, rank=self.rank, pool=memory),
+            lambda: make_transport(os.environ.get(TRANSPORT, "nixl"), uuid=uuid, rank=self.rank, pool=memory),
             self.layout,
             self.rank,
             lambda event: self.events.put((event, time.monotonic())),
@@ -192,6 +194,11 @@ class _Answers:
 
     def num_descriptors(self) -> int:
         return len(os.listdir("/proc/self/fd"))
+
+    def free_gpu_bytes(self) -> int:
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
 
     def num_threads(self) -> int:
         return len(os.listdir("/proc/self/task"))
