@@ -22,7 +22,9 @@ from disagg.errors import LayoutMismatch, LinkLost, TransferError, TransferTimeo
 from disagg.kv.layout import PageLayout
 from disagg.protocol import KvLayout, PeerHello, PushDone, decoder, encode
 from disagg.transfer.base import Notified, Transport, Write, WriteEnded, WriteId, split_agent_name
+from disagg.transfer.host import host_id
 from disagg.transfer.plan import check_layouts, check_pages, plan_transfer, shared_heads
+from disagg.transfer.slow import LinkFacts, LinkSpeed, why_slow
 
 AWAIT_POLL_S = 0.0005
 """Between polls while KV is awaited: its receiver must progress the transport for it to move."""
@@ -195,6 +197,13 @@ class _Push:
     settles_at: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    push: _Push
+    num_bytes: int
+    at: float
+
+
 class KvMover:
     """Pushes of one rank. One thread; every method returns quickly."""
 
@@ -213,7 +222,9 @@ class KvMover:
         self._settle_s = settle_s
         self._peers: dict[str, PeerHello] = {}
         self._pushes: dict[PushKey, _Push] = {}
-        self._push_of: dict[WriteId, _Push] = {}
+        self._posted: dict[WriteId, _Posted] = {}
+        self._speeds: dict[str, LinkSpeed] = {}
+        """Of peers whose pools are on GPUs, which UCX may reach by a slow way."""
         self._closed: OrderedDict[str, int] = OrderedDict()
         self._awaited = 0
         self._linger_until = float("-inf")
@@ -275,7 +286,7 @@ class KvMover:
             return 0.0
         if self._awaited or self._drains or now < self._linger_until:
             return AWAIT_POLL_S
-        if self._push_of:
+        if self._posted:
             return STUCK_POLL_S
         return min((max(0.0, at - now) for at in self._alarms()), default=None)
 
@@ -303,10 +314,13 @@ class KvMover:
             self._events.append(ConnectFailed(peer.uuid, error))
             return
         self._peers[peer.uuid] = peer
+        if any(endpoint.memory == "VRAM" for endpoint in peer.ranks):
+            self._speeds.setdefault(peer.uuid, LinkSpeed())
         self._events.append(Connected(peer.uuid))
 
     def _disconnect(self, peer_uuid: str) -> None:
         self._peers.pop(peer_uuid, None)
+        self._speeds.pop(peer_uuid, None)
         self._transport.disconnect(peer_uuid)
         for push in list(self._pushes.values()):
             if push.peer_uuid == peer_uuid and not push.over:
@@ -357,7 +371,7 @@ class KvMover:
                 write_id = self._transport.post(Write(push.peer_uuid, target_rank, runs))
                 push.bytes_by_rank[target_rank] += runs.num_bytes
                 push.open_writes.add(write_id)
-                self._push_of[write_id] = push
+                self._posted[write_id] = _Posted(push, runs.num_bytes, self._clock())
 
     def _target_ranks(self, peer: PeerHello) -> list[int]:
         return [
@@ -469,11 +483,14 @@ class KvMover:
                     assert_never(event)
 
     def _on_write_ended(self, write_id: WriteId, error: TransferError | None) -> None:
-        push = self._push_of.pop(write_id)
+        posted = self._posted.pop(write_id)
+        push = posted.push
         push.open_writes.discard(write_id)
         if not push.open_writes:
             push.moved_s += self._clock() - push.moving_since
-        if error is not None:
+        if error is None:
+            self._watch(posted)
+        else:
             push.unsettled = True
             if not push.over:
                 self._fail(push, error)
@@ -482,6 +499,19 @@ class KvMover:
             self._fence_if_landed(push)
         else:
             self._complete_if_landed(push)
+
+    def _watch(self, posted: _Posted) -> None:
+        """Say so, once, where a peer's GPU memory is reached by a slow way."""
+        speed = self._speeds.get(posted.push.peer_uuid)
+        if speed is not None and speed.on_write(posted.num_bytes, self._clock() - posted.at):
+            peer = self._peers[posted.push.peer_uuid]
+            log.warning(
+                "KV goes to %s by %s at %.1f GB/s, for UCX has fallen back to a slow way: %s",
+                peer.worker_id,
+                self._transport.carrier(peer.uuid),
+                speed.bytes_per_s / 1e9,
+                why_slow(LinkFacts.of(host_id(), peer.host_id)),
+            )
 
     def _on_notified(self, name: str, payload: bytes) -> None:
         sender = split_agent_name(name)

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -31,6 +32,7 @@ from disagg.transfer.mover import (
     PushComplete,
     PushFailed,
 )
+from disagg.transfer.slow import NUM_WRITES
 from support.clock import FakeClock
 from support.transfer import Pool, make_hello, make_layout, make_pool
 
@@ -133,6 +135,30 @@ def test_the_time_between_two_chunks_is_not_transfer(
     (complete,) = settle(mover, fabric)
     assert isinstance(complete, PushComplete)
     assert complete.seconds == 0.75
+
+
+@pytest.mark.parametrize(("memory", "num_warnings"), [("VRAM", 1), ("DRAM", 0)])
+def test_a_slow_way_into_gpu_memory_is_said_once_with_its_cause(
+    make_worker: MakeWorker,
+    fabric: MemoryFabric,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    memory: str,
+    num_warnings: int,
+) -> None:
+    """UCX falls back without a word; in host memory there is no faster way to fall from."""
+    layout = make_layout(num_layers=12, page_size=16, head_dim=64)
+    prefill, decode = make_worker("p", layout=layout), make_worker("d", layout=layout)
+    ranks = [msgspec.structs.replace(rank, memory=memory) for rank in decode.hello.ranks]
+    prefill.mover.on_command(Connect(msgspec.structs.replace(decode.hello, ranks=ranks)))
+    pages = list(range(16))
+    for _ in range(3 * NUM_WRITES):
+        prefill.mover.on_command(chunk(pages, pages))
+        clock.advance(1.0)
+        settle(prefill.mover, fabric)
+    told = [record.message for record in caplog.records if "fallen back" in record.message]
+    assert len(told) == num_warnings
+    assert all("KV goes to d by memory at 0.0 GB/s" in line and "RDMA" in line for line in told)
 
 
 def test_push_of_two_chunks_lands_notifies_and_completes(
