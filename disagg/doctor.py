@@ -12,11 +12,14 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
-from disagg.errors import ConfigError
+from disagg.errors import ConfigError, DisaggError
+
+if TYPE_CHECKING:
+    from disagg.transfer import ProbeResult
 
 Status = Literal["ok", "note", "missing"]
 
@@ -34,7 +37,7 @@ class Finding(Struct, frozen=True):
 
 def examine(model: str, host: str, port: int) -> Iterator[Finding]:
     """Run every check in turn; a check that raises is a finding too."""
-    checks: list[tuple[str, Callable[[], Finding]]] = [
+    checks: list[tuple[str, Callable[[], Finding | None]]] = [
         ("python", check_python),
         ("packages", check_packages),
         ("extension", check_extension),
@@ -43,6 +46,7 @@ def examine(model: str, host: str, port: int) -> Iterator[Finding]:
         ("gpu", check_gpu),
         ("attention", check_attention),
         ("kv transport", check_transport),
+        ("kv on gpu", check_gpu_transport),
         ("shared memory", check_shared_memory),
         ("descriptors", check_descriptors),
         ("port", lambda: check_port(host, port)),
@@ -50,7 +54,8 @@ def examine(model: str, host: str, port: int) -> Iterator[Finding]:
     ]
     for subject, check in checks:
         try:
-            yield check()
+            if (finding := check()) is not None:
+                yield finding
         except Exception as error:  # what breaks a check may break serving, whatever it is
             detail = f"{type(error).__name__}: {error}"
             yield Finding(subject, "missing", detail, f"The {subject} could not be examined.")
@@ -140,6 +145,42 @@ def check_transport() -> Finding:
     probe = probe_transport()
     detail = f"{probe.transport}: {probe.gigabytes_per_s:.1f} GB/s between two processes"
     return Finding("kv transport", "ok", detail)
+
+
+def check_gpu_transport() -> Finding | None:
+    """Push KV pages between two processes on the first GPU, by either way; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return judge_gpu_transport(_probe_gpu("cuda_ipc"), _probe_gpu("nixl"))
+
+
+def judge_gpu_transport(ipc: "ProbeResult | DisaggError", nixl: "ProbeResult | DisaggError") -> Finding:
+    """Say what was measured, and why where it is not what it should be."""
+    from disagg.transfer import SLOW_BYTES_PER_S, LinkFacts, host_id, why_slow
+
+    told, advice = [], []
+    for name, probe in (("cuda_ipc", ipc), ("nixl", nixl)):
+        if isinstance(probe, DisaggError):
+            told.append(f"{name}: none")
+            advice.append(f"No KV by {name}: {probe}.")
+        else:
+            told.append(f"{probe.transport}: {probe.gigabytes_per_s:.1f} GB/s")
+    if not isinstance(nixl, DisaggError) and nixl.gigabytes_per_s * 1e9 < SLOW_BYTES_PER_S:
+        here = host_id()
+        advice.append(f"UCX has fallen back to a slow way: {why_slow(LinkFacts.of(here, here))}.")
+    detail = f"{'; '.join(told)} between two processes on one GPU"
+    return Finding("kv on gpu", "note" if advice else "ok", detail, " ".join(advice))
+
+
+def _probe_gpu(name: str) -> "ProbeResult | DisaggError":
+    from disagg.transfer import probe_transport
+
+    try:
+        return probe_transport(name, device="cuda")
+    except DisaggError as error:
+        return error
 
 
 def check_shared_memory() -> Finding:

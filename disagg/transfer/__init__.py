@@ -1,9 +1,10 @@
 """Moving KV pages from one worker's pool into another's.
 
 Owns the plan (which byte runs go where), the transports that carry them and the thread that
-drives one. May import `protocol`, `errors` and `kv.layout`; never torch. Read `plan.py`, then
-`mover.py`, which is the state machine of a push; `base.py` is the seam to a transport, `nixl.py` the
-only file that knows NIXL, and `cuda_ipc.py` the shorter way between GPUs of one host.
+drives one. May import `protocol`, `errors` and `kv.layout`; torch in the probe's processes alone.
+Read `plan.py`, then `mover.py`, which is the state machine of a push; `base.py` is the seam to a
+transport, `nixl.py` the only file that knows NIXL, and `cuda_ipc.py` the shorter way between GPUs of
+one host.
 """
 
 from disagg.transfer.base import PoolMemory, Transport
@@ -31,9 +32,11 @@ from disagg.transfer.mover import (
 )
 from disagg.transfer.plan import check_layouts, expected_bytes, pairs, plan_transfer
 from disagg.transfer.probe import ProbeResult, probe_transport
+from disagg.transfer.slow import SLOW_BYTES_PER_S, LinkFacts, why_slow
 from disagg.transfer.thread import TransferThread
 
 __all__ = [
+    "SLOW_BYTES_PER_S",
     "TRANSPORTS",
     "AbortPush",
     "Arrived",
@@ -48,6 +51,7 @@ __all__ = [
     "Event",
     "Fenced",
     "FinishPush",
+    "LinkFacts",
     "PoolMemory",
     "ProbeResult",
     "PushChunk",
@@ -67,4 +71,5 @@ __all__ = [
     "prepare_environment",
     "probe_transport",
     "process_start_time",
+    "why_slow",
 ]

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -33,6 +34,9 @@ from disagg.transfer.mover import (
 NUM_PAGES = 256
 LAYOUT = KvLayout(page_size=16, num_kv_heads=3, num_layers=30, head_dim=64, dtype="bfloat16", tp_size=1)
 """SmolLM2-135M's: 360 KiB a page."""
+GPU_LAYOUT = KvLayout(page_size=16, num_kv_heads=8, num_layers=32, head_dim=128, dtype="bfloat16", tp_size=1)
+"""Llama-3-8B's: 2 MiB a page."""
+Device = Literal["cpu", "cuda"]
 NUM_PUSHES = 6
 """The first ones open the link; the fastest counts."""
 _LANE = re.compile(r"\|\s*(?:\d+% on )?([a-z0-9_]+)/")
@@ -42,9 +46,10 @@ class ProbeResult(msgspec.Struct, frozen=True):
     """What one push of pages between two processes gave."""
 
     backend: str
-    """The transport asked for: `nixl`."""
+    """The transport asked for."""
     lane: str
-    """What UCX chose to carry large writes, for example `cma`, `tcp`, `cuda_ipc`; or `unknown`."""
+    """What UCX chose to carry large writes, for example `cma`, `tcp`, `cuda_ipc`; or `unknown`; empty
+    where it was not UCX's to choose."""
     num_bytes: int
     seconds: float
     """Of the fastest push, from its post to its end."""
@@ -52,7 +57,7 @@ class ProbeResult(msgspec.Struct, frozen=True):
     @property
     def transport(self) -> str:
         """Name what carried it, for example `nixl (UCX cma)`."""
-        return f"{self.backend} (UCX {self.lane})"
+        return f"{self.backend} (UCX {self.lane})" if self.lane else self.backend
 
     @property
     def gigabytes_per_s(self) -> float:
@@ -60,8 +65,13 @@ class ProbeResult(msgspec.Struct, frozen=True):
         return self.num_bytes / self.seconds / 1e9
 
 
-def probe_transport(name: str = "nixl", timeout_s: float = 30.0) -> ProbeResult:
+def probe_transport(name: str = "nixl", timeout_s: float = 30.0, *, device: Device = "cpu") -> ProbeResult:
     """Push 256 scattered pages from one new process into another and time it.
+
+    Args:
+        name: The transport.
+        timeout_s: For all of it.
+        device: Where both pools are; `cuda` is the first GPU.
 
     Raises:
         TransferError: a process could not start the transport, or the push failed; its words.
@@ -71,7 +81,7 @@ def probe_transport(name: str = "nixl", timeout_s: float = 30.0) -> ProbeResult:
     prepare_environment(environ)
     # Makes UCX print what it chose for each kind of message.
     environ["UCX_PROTO_INFO"] = "y"
-    source, target = _start("source", name, environ), _start("target", name, environ)
+    source, target = (_start(side, name, device, environ) for side in ("source", "target"))
     try:
         # The two start side by side; the source waits for its first line of input.
         output, errors = source.communicate(_read_hello(target), timeout=timeout_s)
@@ -89,7 +99,8 @@ def probe_transport(name: str = "nixl", timeout_s: float = 30.0) -> ProbeResult:
 def to_result(name: str, output: str) -> ProbeResult:
     """Read what the pushing process printed: UCX's choices, and its own last line."""
     num_bytes, seconds = output.rpartition("pushed ")[2].split()
-    return ProbeResult(name, find_lane(output), int(num_bytes), float(seconds))
+    lane = find_lane(output) if name == "nixl" else ""
+    return ProbeResult(name, lane, int(num_bytes), float(seconds))
 
 
 def find_lane(proto_info: str) -> str:
@@ -109,11 +120,11 @@ def find_lane(proto_info: str) -> str:
     return lane
 
 
-def _start(side: str, name: str, environ: dict[str, str]) -> "subprocess.Popen[str]":
+def _start(side: str, name: str, device: Device, environ: dict[str, str]) -> "subprocess.Popen[str]":
     # Not `-m`: the package has imported this module already, and runpy warns of a second copy.
     program = "import sys; from disagg.transfer.probe import main; main(*sys.argv[1:])"
     return subprocess.Popen(  # noqa: S603 - our own interpreter and program
-        [sys.executable, "-c", program, side, name],
+        [sys.executable, "-c", program, side, name, device],
         env=environ,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -138,16 +149,16 @@ def _last_line(text: str) -> str:
 # In the two processes
 
 
-def main(side: str, name: str) -> None:
+def main(side: str, name: str, device: Device) -> None:
     """Be one of the two processes of `probe_transport`."""
-    pool = np.ones((NUM_PAGES, PageLayout.of(LAYOUT).page_bytes), np.uint8)
-    transport = make_transport(name, uuid=f"probe-{side}", rank=0, pool=PoolMemory.of_array(pool))
-    mover = KvMover(transport, LAYOUT, 0, time.monotonic)
+    layout = LAYOUT if device == "cpu" else GPU_LAYOUT
+    transport = make_transport(name, uuid=f"probe-{side}", rank=0, pool=_make_pool(layout, device))
+    mover = KvMover(transport, layout, 0, time.monotonic)
     if side == "source":
         _push(mover, msgspec.msgpack.decode(bytes.fromhex(sys.stdin.readline().split()[1]), type=PeerHello))
         return
     hello = PeerHello(
-        PROTOCOL_VERSION, "probe", f"probe-{side}", LAYOUT, [transport.endpoint()], host_id(), []
+        PROTOCOL_VERSION, "probe", f"probe-{side}", layout, [transport.endpoint()], host_id(), []
     )
     print("hello", encode(hello).hex(), flush=True)
     # Until killed, or orphaned: a receiver has to progress for its sender's writes to end.
@@ -155,6 +166,17 @@ def main(side: str, name: str) -> None:
     while os.getppid() == parent:
         mover.poll()
         time.sleep(0.0002)
+
+
+def _make_pool(layout: KvLayout, device: Device) -> PoolMemory:
+    shape = (NUM_PAGES, PageLayout.of(layout).page_bytes)
+    if device == "cpu":
+        return PoolMemory.of_array(np.ones(shape, np.uint8))
+    import torch
+
+    pool = torch.ones(shape, dtype=torch.uint8, device="cuda:0")
+    torch.cuda.synchronize()
+    return PoolMemory.of_tensor(pool)
 
 
 def _push(mover: KvMover, target: PeerHello) -> None:

@@ -3,7 +3,9 @@ import socket
 import pytest
 import torch
 
-from disagg.doctor import Finding, can_serve, check_descriptors, check_port, examine
+from disagg.doctor import Finding, can_serve, check_descriptors, check_port, examine, judge_gpu_transport
+from disagg.errors import TransferError
+from disagg.transfer import ProbeResult
 
 
 def test_a_port_in_use_is_missing_and_says_what_to_do() -> None:
@@ -29,3 +31,27 @@ def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_note_does_not_stop_serving() -> None:
     assert can_serve([Finding("gpu", "note", ""), check_descriptors()])
     assert not can_serve([Finding("model", "missing", "")])
+
+
+FAST_IPC = ProbeResult("cuda_ipc", "", 10**9, 0.001)
+
+
+def test_kv_on_a_gpu_at_speed_is_ok() -> None:
+    finding = judge_gpu_transport(FAST_IPC, ProbeResult("nixl", "cuda_ipc", 10**9, 0.005))
+    assert finding.status == "ok"
+    assert finding.detail.startswith("cuda_ipc: 1000.0 GB/s; nixl (UCX cuda_ipc): 200.0 GB/s between")
+
+
+def test_ucx_that_falls_back_is_noted_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing itself, and serving works, a hundred times slower between pods."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    finding = judge_gpu_transport(FAST_IPC, ProbeResult("nixl", "tcp", 10**9, 2.0))
+    assert finding.status == "note"
+    assert finding.advice == "UCX has fallen back to a slow way: UCX_TLS=tcp,self leaves out cuda_ipc."
+
+
+def test_a_way_that_fails_is_noted_in_its_words() -> None:
+    finding = judge_gpu_transport(
+        TransferError("CUDA exports no pool"), ProbeResult("nixl", "tcp", 10**9, 0.01)
+    )
+    assert (finding.status, finding.advice) == ("note", "No KV by cuda_ipc: CUDA exports no pool.")

@@ -21,6 +21,10 @@ def test_lane_is_that_of_large_writes_to_another_process() -> None:
     assert find_lane(PROTO_INFO) == "tcp"
 
 
+def test_what_ucx_did_not_choose_has_no_lane() -> None:
+    assert to_result("cuda_ipc", PROTO_INFO).transport == "cuda_ipc"
+
+
 def test_lane_without_tables_is_unknown() -> None:
     assert find_lane("pushed 1 1.0") == "unknown"
 
