@@ -58,7 +58,7 @@ def run_router(config: RouterConfig, *, ready: Report) -> int:
 
 async def _run(config: RouterConfig, keys: KeyRing | None, ready: Report) -> int:
     model = config.model
-    files = resolve(model.model)
+    files = resolve(model.model, config_only=model.load_format == "dummy")
     text = TextModel.from_folder(files.path, Path(model.chat_template) if model.chat_template else None)
     pods = EndedPods()
     # Without discovery nobody tells of pods, and what waits for that would wait for ever.

@@ -47,7 +47,7 @@ def run_serve(config: ServeConfig) -> int:
         specs = plan_processes(config, runtime_dir)
         with console.status(f"Looking for {config.model.model}"):
             # Before the workers, so that a GGUF is converted once, not once a worker.
-            resolve(config.model.model)
+            resolve(config.model.model, config_only=config.model.load_format == "dummy")
         return asyncio.run(_serve(config, specs, runtime_dir, console))
     finally:
         shutil.rmtree(runtime_dir, ignore_errors=True)

@@ -96,7 +96,8 @@ def run_worker(config: WorkerConfig, *, ready: Ready) -> int:
     if size > 1:
         # Before any rank is started, for one that cannot work would leave the others waiting.
         ranks_of(0, config.nodes.num_nodes, size)
-        check_tensor_parallel(load_spec(resolve(config.model.model).path), size)
+        files = resolve(config.model.model, config_only=config.model.load_format == "dummy")
+        check_tensor_parallel(load_spec(files.path), size)
     prepare_environment(loopback_only=is_local(config))
     return asyncio.run(_Worker(config, keys, stages, ready).run())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from support.checkpoints import make_checkpoint
 from support.system import DEFAULT_MODEL, System, running
 
 pytestmark = pytest.mark.timeout(900)
@@ -103,3 +104,14 @@ def test_greedy_output_equals_transformers(system: System, expected: list[str], 
     if cache == "warm":
         assert sum(record["cached_tokens"]["decode"] for _, record in answers) > 3000
     system.assert_nothing_held()
+
+
+def test_a_shape_without_weights_is_served_with_dummies(tmp_path: Path) -> None:
+    """A benchmark needs no checkpoint of gigabytes, only config and tokenizer."""
+    folder = make_checkpoint(tmp_path / "shape")
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    with running(str(folder), "--load-format", "dummy", log=tmp_path / "log") as system:
+        answer = system.complete("the quick", model=str(folder), max_tokens=4, ignore_eos=True)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 4

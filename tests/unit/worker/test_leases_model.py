@@ -137,10 +137,10 @@ class World:
         """Attribute new writes, and find those whose senders no longer wait for them."""
         for write in self.fabric.writes:
             mover = self.mover_of(write)
-            push = mover._push_of.get(write.write_id)
+            posted = mover._posted.get(write.write_id)
             if id(write) not in self.key_of:
-                assert push is not None
-                self.key_of[id(write)] = push.key
+                assert posted is not None
+                self.key_of[id(write)] = posted.push.key
             if write.write_id not in write.sender._open:
                 self.broken_at.setdefault(id(write), self.clock())
 
