@@ -121,6 +121,22 @@ def test_pages_arrive_byte_by_byte_whatever_the_tensor_parallel_sizes(
     np.testing.assert_array_equal(whole_pages(targets, there), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds no second GPU")
+@pytest.mark.parametrize("environ", [CUDA_IPC])
+def test_pages_reach_another_gpu(make_rank: MakeRank, environ: Mapping[str, str]) -> None:
+    """Also one that the sender does not see: a worker is shown its own GPU alone."""
+    source = make_rank("p", 0, BIG, seed=1, environ={**environ, "CUDA_VISIBLE_DEVICES": "0"})
+    target = make_rank("d", 0, BIG, environ={**environ, "CUDA_VISIBLE_DEVICES": "1"})
+    target.submit(AwaitKv(+1))
+    source.submit(Connect(hello_of("decode-0", "d", BIG, [target])))
+    source.expect(Connected)
+    push(source, "d", [5, 6, 7, 2], [0, 1, 9, 3])
+    source.expect(PushComplete)
+    assert target.expect(Arrived).done.transport == "cuda_ipc"
+    np.testing.assert_array_equal(target.pages()[[0, 1, 9, 3]], source.pages()[[5, 6, 7, 2]])
+
+
 def arrivals(target: Rank, source_tp: int, target_tp: int) -> list[Arrived]:
     rank = target.endpoint.rank
     return [target.expect(Arrived) for pair in pairs(source_tp, target_tp) if pair[1] == rank]
