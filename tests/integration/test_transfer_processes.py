@@ -128,8 +128,10 @@ def test_pages_reach_another_gpu(make_rank: MakeRank, environ: Mapping[str, str]
     """Also one that the sender does not see: a worker is shown its own GPU alone."""
     source = make_rank("p", 0, BIG, seed=1, environ={**environ, "CUDA_VISIBLE_DEVICES": "0"})
     target = make_rank("d", 0, BIG, environ={**environ, "CUDA_VISIBLE_DEVICES": "1"})
+    hello = hello_of("decode-0", "d", BIG, [target])
+    _ = source.endpoint
     target.submit(AwaitKv(+1))
-    source.submit(Connect(hello_of("decode-0", "d", BIG, [target])))
+    source.submit(Connect(hello))
     source.expect(Connected)
     push(source, "d", [5, 6, 7, 2], [0, 1, 9, 3])
     source.expect(PushComplete)
@@ -229,7 +231,6 @@ def test_a_mapped_pool_outlives_its_process_and_is_given_back_with_it(
     free = source.ask("free_gpu_bytes")
     target = make_rank("d", 0, BIG, num_pages=2048, environ=environ)
     pool_bytes = 2048 * PageLayout.of(BIG).page_bytes
-    target.submit(AwaitKv(+1))
     source.submit(Connect(hello_of("decode-0", "d", BIG, [target])))
     source.expect(Connected)
     busy_push(source, deadline_s=60.0, num_chunks=10)
