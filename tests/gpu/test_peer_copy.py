@@ -71,14 +71,14 @@ def _write_for_long(handle: bytes, offset: int, pipe: Connection) -> None:
     copier = PeerCopier(0, 1)
     base = copier.open(handle, offset + ROWS * ROW_BYTES) + offset
     at = np.arange(ROWS, dtype=np.int64) * ROW_BYTES
-    for turn in range(500):
+    for turn in range(900):
         copier.copy(source.data_ptr(), base, np.roll(at, turn), at, np.full(ROWS, ROW_BYTES, np.int64))
     pipe.send(None)
     time.sleep(60)
 
 
 def test_a_source_that_is_proven_gone_writes_no_more() -> None:
-    """A decode worker gives the pages to others then. Half a minute of copies was queued."""
+    """A decode worker gives the pages to others then. Seconds of copies were queued."""
     target = torch.full((ROWS, ROW_BYTES // 4), -1, dtype=torch.int32, device="cuda")
     handle, offset = PeerCopier(0, 1).handle(target.data_ptr())
     here, there = SPAWN.Pipe()
