@@ -36,6 +36,8 @@ class RankEndpoint(Struct, frozen=True, array_like=True):
     """CUDA's handle of the allocation that the pool lies in; empty where it has none.."""
     ipc_offset: int = 0
     """Where in it the pool begins."""
+    ipc_host: str = ""
+    """`host_id` of this rank's process, which may be on another node than rank 0."""
 
 
 class PeerHello(Struct, frozen=True, array_like=True, tag="peer_hello"):

@@ -124,7 +124,12 @@ class CudaIpcTransport:
 
     def endpoint(self) -> RankEndpoint:
         """Say how peers reach this rank's pool, by either way."""
-        return replace(self._below.endpoint(), ipc_handle=self._handle, ipc_offset=self._offset)
+        return replace(
+            self._below.endpoint(),
+            ipc_handle=self._handle,
+            ipc_offset=self._offset,
+            ipc_host=self._host_id,
+        )
 
     def carrier(self, peer_uuid: str) -> str:
         """Name what carries writes to a peer."""
@@ -257,17 +262,16 @@ def why_not_mapped(host_id: str, peer: PeerHello) -> str | None:
 
     A handle of CUDA's names the process that made it by its pid, so pids must mean the same here.
     """
-    boot, _, namespace = host_id.partition("/")
-    their_boot, _, their_namespace = peer.host_id.partition("/")
-    if boot != their_boot:
-        return "it is on another host"
-    if namespace != their_namespace:
-        return "it is in another PID namespace of this host; pods share one with hostPID and hostIPC"
     for endpoint in peer.ranks:
+        rank = f"its rank {endpoint.rank}"
         if endpoint.memory != "VRAM":
-            return f"the pool of its rank {endpoint.rank} is in host memory"
+            return f"the pool of {rank} is in host memory"
         if not endpoint.ipc_handle:
-            return f"its rank {endpoint.rank} exports no pool"
+            return f"{rank} exports no pool"
+        if endpoint.ipc_host.partition("/")[0] != host_id.partition("/")[0]:
+            return f"{rank} is on another host"
+        if endpoint.ipc_host != host_id:
+            return f"{rank} is in another PID namespace of this host; pods share one with hostPID and hostIPC"
     return None
 
 

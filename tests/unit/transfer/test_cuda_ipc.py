@@ -27,8 +27,7 @@ from support.transfer import (
 from support.transport_contract import TransportContract
 
 LAYOUT = make_layout()
-HOST = "host"
-"""Of `make_hello`."""
+HOST = "boot/1"
 
 
 def memory_of(pool: Pool) -> PoolMemory:
@@ -51,10 +50,10 @@ def copier() -> FakeCopier:
 def make(fabric: MemoryFabric, copier: FakeCopier) -> Iterator[Callable[..., CudaIpcTransport]]:
     made: list[Transport] = []
 
-    def make_one(uuid: str, rank: int, pool: Pool, **options: bool) -> CudaIpcTransport:
+    def make_one(uuid: str, rank: int, pool: Pool, host_id: str = HOST, **options: bool) -> CudaIpcTransport:
         memory = memory_of(pool)
         below = MemoryTransport(fabric, uuid=uuid, rank=rank, pool=memory)
-        transport = CudaIpcTransport(below, copier, pool=memory, host_id=HOST, **options)
+        transport = CudaIpcTransport(below, copier, pool=memory, host_id=host_id, **options)
         made.append(transport)
         return transport
 
@@ -169,8 +168,8 @@ def test_a_peer_that_cannot_be_mapped_is_written_to_below(
 def test_ids_of_both_ways_are_not_confused(
     make: Callable[..., CudaIpcTransport], pair: Pair, fabric: MemoryFabric, copier: FakeCopier
 ) -> None:
-    far = make("far", 0, make_pool(LAYOUT))
-    far_hello = msgspec.structs.replace(make_hello("decode-1", "far", LAYOUT, [far]), host_id="other")
+    far = make("far", 0, make_pool(LAYOUT), host_id="boot2/1")
+    far_hello = make_hello("decode-1", "far", LAYOUT, [far])
     pair.source.connect(pair.hello)
     pair.source.connect(far_hello)
     copier.hold = fabric.hold_writes = True
@@ -188,30 +187,26 @@ def test_required_it_refuses_a_peer_and_says_why(
     make: Callable[..., CudaIpcTransport], pair: Pair, copier: FakeCopier
 ) -> None:
     strict = make("strict", 0, make_pool(LAYOUT), is_required=True)
-    far = msgspec.structs.replace(pair.hello, host_id="other")
-    with pytest.raises(TransferError, match="transport_backend is cuda_ipc, but it is on another host"):
+    far = make_hello("far-0", "far", LAYOUT, [make("far", 0, make_pool(LAYOUT), host_id="boot2/1")])
+    with pytest.raises(TransferError, match="transport_backend is cuda_ipc, but its rank 0 is on another h"):
         strict.connect(far)
     with pytest.raises(LinkLost):
-        strict.notify("target", 0, b"")
+        strict.notify("far", 0, b"")
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"host_id": "boot2/1"}, "another host"),
-        ({"host_id": "boot/2"}, "another PID namespace"),
+        ({"ipc_host": "boot2/1"}, "rank 0 is on another host"),
+        ({"ipc_host": "boot/2"}, "rank 0 is in another PID namespace"),
         ({"memory": "DRAM"}, "rank 0 is in host memory"),
         ({"ipc_handle": b""}, "rank 0 exports no pool"),
         ({}, None),
     ],
 )
 def test_why_a_peer_is_not_mapped(pair: Pair, changes: dict[str, str | bytes], reason: str | None) -> None:
-    hello = msgspec.structs.replace(pair.hello, host_id="boot/1")
-    fields = {name: value for name, value in changes.items() if name != "host_id"}
-    hello = msgspec.structs.replace(hello, ranks=[msgspec.structs.replace(hello.ranks[0], **fields)])
-    if "host_id" in changes:
-        hello = msgspec.structs.replace(hello, host_id=changes["host_id"])
-    told = why_not_mapped("boot/1", hello)
+    ranks = [msgspec.structs.replace(rank, **changes) for rank in pair.hello.ranks]
+    told = why_not_mapped(HOST, msgspec.structs.replace(pair.hello, ranks=ranks))
     assert told is None if reason is None else told is not None and reason in told
 
 
