@@ -9,8 +9,8 @@
 namespace disagg::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kUnroll = 8;  // 128 KiB of an SM in flight
+constexpr int kThreads = 512;
+constexpr int kUnroll = 8;  // 64 KiB of an SM in flight
 constexpr int kMaxRuns = 1024;
 constexpr std::int64_t kUnit = 16, kMaxUnits = 1ll << 31;  // of a launch
 

@@ -71,7 +71,7 @@ def _write_for_long(handle: bytes, offset: int, pipe: Connection) -> None:
     copier = PeerCopier(0, 1)
     base = copier.open(handle, offset + ROWS * ROW_BYTES) + offset
     at = np.arange(ROWS, dtype=np.int64) * ROW_BYTES
-    for turn in range(900):
+    for turn in range(500):
         copier.copy(source.data_ptr(), base, np.roll(at, turn), at, np.full(ROWS, ROW_BYTES, np.int64))
     pipe.send(None)
     time.sleep(60)

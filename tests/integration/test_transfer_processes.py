@@ -280,7 +280,7 @@ def test_aborted_push_is_fenced_and_writes_no_more(make_rank: MakeRank, environ:
     np.testing.assert_array_equal(target.pages(), before)
 
 
-@by_every_lane
+@by_lane
 def test_peers_that_come_and_go_leave_nothing_behind(make_rank: MakeRank, environ: Mapping[str, str]) -> None:
     """A worker outlives hundreds of others; each must give back its descriptors and threads."""
     layout = make_layout()
