@@ -12,6 +12,9 @@
 Status codes exist only in `frontend/errors.py`. An expected outcome is a value, not an error.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "ConfigError",
     "DisaggError",
@@ -30,6 +33,7 @@ __all__ = [
     "UnsupportedParameter",
     "WorkerError",
     "WorkerLost",
+    "ungrouped",
 ]
 
 
@@ -108,3 +112,20 @@ class ConfigError(DisaggError):
 
 class InvariantBroken(DisaggError):
     """An audit failed: a bug of ours. Never retried; the process ends with this as its evidence."""
+
+
+@contextmanager
+def ungrouped(kind: type[DisaggError]) -> Iterator[None]:
+    """Raise the error of `kind` that a task group wrapped, bare; the first, where the group has no others.
+
+    Not by `raise` in `except*`, which Python 3.11.2 wraps in a group again.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if group.split(kind)[1] is not None:
+            raise
+        raise error from None

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from disagg.config import flatten
-from disagg.errors import WorkerLost
+from disagg.errors import WorkerLost, ungrouped
 from disagg.supervisor.child import Child, Event
 from disagg.supervisor.plan import ProcessSpec
 
@@ -68,11 +68,10 @@ class Supervisor:
         """
         keepers: list[asyncio.Task[None]] = []
         try:
-            async with asyncio.TaskGroup() as tasks:
-                keepers += [tasks.create_task(self._keep(spec), name=spec.name) for spec in self._specs]
-                tasks.create_task(self._stop_in_order(keepers), name="stop")
-        except* WorkerLost as group:
-            raise group.exceptions[0] from None
+            with ungrouped(WorkerLost):
+                async with asyncio.TaskGroup() as tasks:
+                    keepers += [tasks.create_task(self._keep(spec), name=spec.name) for spec in self._specs]
+                    tasks.create_task(self._stop_in_order(keepers), name="stop")
         finally:
             for child in self._children.values():
                 await child.kill()

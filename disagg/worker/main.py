@@ -24,7 +24,7 @@ import zmq
 
 from disagg.checkpoint import resolve
 from disagg.config import WorkerConfig
-from disagg.errors import DisaggError
+from disagg.errors import DisaggError, ungrouped
 from disagg.models import check_tensor_parallel, load_spec
 from disagg.protocol import (
     PROTOCOL_VERSION,
@@ -177,13 +177,11 @@ class _Worker:
             malformed=lambda: self._endpoint.num_malformed,
         )
         http = HttpServer(make_app(self, self._is_alive))
-        try:
+        with ungrouped(DisaggError):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(http.serve(sockets=[listener]), name="http")
                 await self._live(tasks)
                 http.stop()
-        except* DisaggError as group:
-            raise group.exceptions[0] from None
 
     async def _live(self, tasks: asyncio.TaskGroup) -> None:
         self._engine.start()

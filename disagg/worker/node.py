@@ -21,7 +21,7 @@ import zmq
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from disagg.config import WorkerConfig
-from disagg.errors import ConfigError, DisaggError, WorkerLost
+from disagg.errors import ConfigError, DisaggError, WorkerLost, ungrouped
 from disagg.links import DISCONNECTED, DealerLink, LinkEvents, LinkKind
 from disagg.protocol import PROTOCOL_VERSION, WorkerState
 from disagg.security import KeyRing, choice_for, host_port
@@ -110,12 +110,11 @@ class _Agent:
             self._link = _LeaderLink(self._config, self._keys, self)
             self._link.start()
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(http.serve(sockets=[listener]), name="http")
-                    await self._ended
-                    http.stop()
-            except* DisaggError as group:
-                raise group.exceptions[0] from None
+                with ungrouped(DisaggError):
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(http.serve(sockets=[listener]), name="http")
+                        await self._ended
+                        http.stop()
             finally:
                 for process in self._processes.values():
                     process.kill()
