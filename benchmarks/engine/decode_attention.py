@@ -104,8 +104,8 @@ class Batch:
         )
         self.pool.normal_()
         self.lens = torch.tensor(kv_lens, dtype=torch.int32, device="cuda")
-        indptr = [0, *accumulate(counts)]
-        self.page_indptr = torch.tensor(indptr, dtype=torch.int32, device="cuda")
+        self.indptr = [0, *accumulate(counts)]
+        self.page_indptr = torch.tensor(self.indptr, dtype=torch.int32, device="cuda")
         self.page_indices = torch.randperm(sum(counts), device="cuda").int()
         self.q = torch.randn(len(kv_lens), shape.heads, shape.dim, device="cuda").to(DTYPE)
 

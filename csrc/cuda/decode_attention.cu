@@ -26,6 +26,7 @@
 #include <numbers>
 
 #include "cuda/decode_division.h"
+#include "cuda/decode_trace.cuh"
 #include "cuda/device.cuh"
 
 namespace disagg::cuda {
@@ -537,6 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cta = static_cast<int>(blockIdx.x);
 
   let_next_kernel_start();
+  Trace trace(p.layer, cta, warp);
   if (lane == 0) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
   const DecodeStart start = load_record(p.space.starts + cta * kDecodeWarps + warp);
   const uint32_t ring = shared_address(&shared.ring[warp][0][0]);
@@ -553,6 +555,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int loaded = 0;
   for (; loaded < Shared::kStages && loads.pending() && !loads.is_newest(); ++loaded) loads.issue(loaded);
   wait_for_earlier_kernels();
+  trace.mark(Point::kReleased);
   for (; loaded < Shared::kStages && loads.pending(); ++loaded) loads.issue(loaded);
 
   const auto out_of = [&p](int row, int kv_head, int head) {
@@ -632,6 +635,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     left -= end - begin;
     for (; unit < end; ++unit) {
       wait_barrier(barriers + stage * 8, parity);
+      trace.mark_first(Point::kFirstUnit);
       const uint32_t from = ring + stage * Shared::kUnitBytes;
       const int valid = row.kv_len - unit * kUnitTokens;
       if (valid >= kUnitTokens) {
@@ -670,6 +674,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       row = load_record(p.space.rows + ++entry);
     }
   }
+  trace.mark(Point::kLastUnit);
   __syncthreads();
 
   // Merge the warps' pieces, in order: a piece that has a beginning starts one to be merged, as does the
@@ -710,6 +715,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       publish(whole.slot(), 1u << head, whole.row, whole.head);
     }
   }
+  trace.mark(Point::kMerged);
 }
 
 // ---- the plain way ----
