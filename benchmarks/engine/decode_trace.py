@@ -115,7 +115,12 @@ def traced(library: Library, shape: Shape, batch: Batch, sms: int, replays: int)
     num_bytes = library.call("trace_workspace_bytes", *sizes)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     out = torch.empty_like(batch.q)
-    library.launch("trace_plan", *sizes, batch.lens, batch.page_indptr, workspace)
+
+    def plan() -> None:
+        for _ in range(20):
+            library.launch("trace_plan", *sizes, batch.lens, batch.page_indptr, workspace)
+
+    print(f"  plan{replay_us(plan, 20, 10):>56.1f} us")
 
     def step() -> None:
         for layer in range(batch.layers):

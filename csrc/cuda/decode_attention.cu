@@ -189,22 +189,23 @@ struct Workspace {
 
 // ---- plan ----
 
-constexpr int kPlanThreads = 1024;
+constexpr int kPlanThreads = 512;
 
-// One block. Lists the rows that have KV, then looks up where each warp begins.
+// Each block lists the rows that have KV, in shared memory, then looks up where some of the warps begin.
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int* kv_lens, const int* page_indptr, int rows, int num_kv_heads, int max_ctas, Workspace space) {
-  __shared__ int firsts[DecodeAttention::kMaxRows];
-  __shared__ uint64_t warp_totals[32];
+  extern __shared__ DecodeRow listed[];
+  __shared__ uint64_t warp_totals[kPlanThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int me = static_cast<int>(blockIdx.x * kPlanThreads + threadIdx.x);
   wait_for_earlier_kernels();
 
-  for (int i = threadIdx.x; i < max_ctas * kHeads; i += kPlanThreads) space.arrived[i] = 0;
+  for (int i = me; i < max_ctas * kHeads; i += static_cast<int>(gridDim.x) * kPlanThreads) space.arrived[i] = 0;
   // Both sums at once: rows that have KV in the upper half, their units in the lower.
   uint64_t before = 0;
   for (int base = 0; base < rows; base += kPlanThreads) {
     const int row = base + static_cast<int>(threadIdx.x);
-    const int kv_len = row < rows ? kv_lens[row] : 0;
+    const int kv_len = row < rows ? kv_lens[row] : 0, page_begin = row < rows ? page_indptr[row] : 0;
     const uint64_t mine = kv_len > 0 ? (uint64_t{1} << 32) + static_cast<uint64_t>(units_of(kv_len)) : 0;
     uint64_t sum = mine;
 #pragma unroll
@@ -215,6 +216,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     if (lane == 31) warp_totals[warp] = sum;
     __syncthreads();
     uint64_t earlier = before;
+#pragma unroll
     for (int i = 0; i < kPlanThreads / 32; ++i) {
       const uint64_t total = warp_totals[i];
       earlier += i < warp ? total : 0;
@@ -222,19 +224,19 @@ __global__ void __launch_bounds__(kPlanThreads)
     }
     if (mine != 0) {
       const uint64_t place = earlier + sum - mine;
-      const int entry = static_cast<int>(place >> 32), first = static_cast<int>(place & kAll);
-      firsts[entry] = first;
-      space.rows[entry] = {row, kv_len, page_indptr[row], first};
+      const auto entry = static_cast<unsigned>(place >> 32);
+      listed[entry] = {row, kv_len, page_begin, static_cast<int>(place & kAll)};
+      if (blockIdx.x == 0) space.rows[entry] = listed[entry];
     }
     __syncthreads();
   }
   const int entries = static_cast<int>(before >> 32);
   const auto units = static_cast<int64_t>(before & kAll) * num_kv_heads;
   const DecodeDivision division = DecodeDivision::of(units, entries, max_ctas);
-  if (threadIdx.x == 0) space.rows[entries] = {};
-  for (int i = threadIdx.x; i < max_ctas * kDecodeWarps; i += kPlanThreads)
-    space.starts[i] = start_of(division, i / kDecodeWarps, i % kDecodeWarps, firsts, space.rows, num_kv_heads);
-  // `run` reads this before it waits for its own predecessor, but not before this block has ended.
+  if (me == 0) space.rows[entries] = {};
+  if (me < max_ctas * kDecodeWarps)
+    space.starts[me] = start_of(division, me / kDecodeWarps, me % kDecodeWarps, listed, num_kv_heads);
+  // `run` reads this before it waits for its own predecessor, but not before these blocks have ended.
   __threadfence();
 }
 
@@ -894,7 +896,14 @@ std::size_t DecodeAttention::workspace_bytes() const { return shape_.is_fast() ?
 cudaError_t DecodeAttention::plan(const int* kv_lens, const int* page_indptr, int rows, void* workspace,
                                   cudaStream_t stream) const {
   if (!shape_.is_fast()) return cudaSuccess;
-  const Launch how{.blocks = 1, .threads = kPlanThreads, .stream = stream};
+  const std::size_t bytes = static_cast<std::size_t>(rows) * sizeof(DecodeRow);
+  const cudaError_t error = cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 kMaxRows * static_cast<int>(sizeof(DecodeRow)));
+  if (error != cudaSuccess) return error;
+  const Launch how{.blocks = static_cast<unsigned>(div_up(shape_.num_sms * kDecodeWarps, kPlanThreads)),
+                   .threads = kPlanThreads,
+                   .stream = stream,
+                   .shared_bytes = static_cast<unsigned>(bytes)};
   return launch(plan_kernel, how, kv_lens, page_indptr, rows, shape_.num_kv_heads, shape_.num_sms,
                 Workspace(shape_, workspace));
 }

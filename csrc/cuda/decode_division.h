@@ -74,12 +74,12 @@ struct alignas(16) DecodeStart {
   DISAGG_HOST_DEVICE bool has_all(int slot) const { return (slot == 0 ? has_all_ended : has_all_begun) != 0; }
 };
 
-// `firsts[entry]` is that row's `first`. Requires: 0 <= unit < units of all.
-DISAGG_HOST_DEVICE int entry_of(std::int64_t unit, const int* firsts, int rows, int num_kv_heads) {
-  int low = 0, high = rows;  // firsts[low] * heads <= unit < firsts[high] * heads
+// Requires: 0 <= unit < units of all.
+DISAGG_HOST_DEVICE int entry_of(std::int64_t unit, const DecodeRow* rows, int count, int num_kv_heads) {
+  int low = 0, high = count;  // rows[low].first * heads <= unit < rows[high].first * heads
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (static_cast<std::int64_t>(firsts[middle]) * num_kv_heads <= unit) {
+    if (static_cast<std::int64_t>(rows[middle].first) * num_kv_heads <= unit) {
       low = middle;
     } else {
       high = middle;
@@ -92,21 +92,22 @@ DISAGG_HOST_DEVICE int entry_of(std::int64_t unit, const int* firsts, int rows, 
 struct DecodePlace {
   int entry, head, unit, units;
 
-  DISAGG_HOST_DEVICE static DecodePlace of(std::int64_t at, const DecodeDivision& division, const int* firsts,
-                                           const DecodeRow* rows, int num_kv_heads) {
-    const int entry = entry_of(at, firsts, division.rows, num_kv_heads), units = units_of(rows[entry].kv_len);
-    const auto within = static_cast<int>(at - static_cast<std::int64_t>(firsts[entry]) * num_kv_heads);
+  DISAGG_HOST_DEVICE static DecodePlace of(std::int64_t at, const DecodeDivision& division, const DecodeRow* rows,
+                                           int num_kv_heads) {
+    const int entry = entry_of(at, rows, division.rows, num_kv_heads), units = units_of(rows[entry].kv_len);
+    const auto within = static_cast<int>(at - static_cast<std::int64_t>(rows[entry].first) * num_kv_heads);
     return {entry, within / units, within % units, units};
   }
 };
 
-DISAGG_HOST_DEVICE DecodeStart start_of(const DecodeDivision& division, int cta, int warp, const int* firsts,
-                                        const DecodeRow* rows, int num_kv_heads) {
+// `rows`: those that have KV.
+DISAGG_HOST_DEVICE DecodeStart start_of(const DecodeDivision& division, int cta, int warp, const DecodeRow* rows,
+                                        int num_kv_heads) {
   DecodeStart start{};
   if (cta >= division.ctas) return start;
   const std::int64_t from = division.warp_begin(cta, warp), to = division.warp_begin(cta, warp + 1);
   start.count = static_cast<int>(to - from);
-  const auto place_of = [&](std::int64_t unit) { return DecodePlace::of(unit, division, firsts, rows, num_kv_heads); };
+  const auto place_of = [&](std::int64_t unit) { return DecodePlace::of(unit, division, rows, num_kv_heads); };
   const std::int64_t begin = division.begin(cta), end = division.begin(cta + 1);
   const DecodePlace ended = place_of(begin), begun = place_of(end - 1);
   const std::int64_t ended_from = begin - ended.unit, ended_to = ended_from + ended.units;

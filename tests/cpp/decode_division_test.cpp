@@ -15,7 +15,6 @@ namespace {
 // What the device's plan makes of some lengths.
 struct Plan {
   std::vector<DecodeRow> rows;
-  std::vector<int> firsts;
   int num_kv_heads;
   DecodeDivision division{};
 
@@ -24,13 +23,12 @@ struct Plan {
     for (std::size_t i = 0; i < kv_lens.size(); ++i) {
       if (kv_lens[i] == 0) continue;
       rows.push_back({static_cast<int>(i), kv_lens[i], static_cast<int>(i) * 7, first});
-      firsts.push_back(first);
       first += units_of(kv_lens[i]);
     }
     division = DecodeDivision::of(std::int64_t{first} * heads, static_cast<int>(rows.size()), max_ctas);
   }
   DecodeStart start(int cta, int warp) const {
-    return start_of(division, cta, warp, firsts.data(), rows.data(), num_kv_heads);
+    return start_of(division, cta, warp, rows.data(), num_kv_heads);
   }
   // The pieces that a warp takes, in order, walked as the kernel does.
   std::vector<DecodePiece> pieces(int cta, int warp) const {

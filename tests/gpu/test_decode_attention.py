@@ -152,6 +152,7 @@ def test_page_sizes_and_types_agree_with_float64(page_size: int, dtype: torch.dt
         [20_001, 3, 9_999],
         [0, 0, 0],
         [1] * 300,
+        [i % 40 for i in range(4000)],  # more than a block of `plan` has threads, and 48 KB
         [2048] * 64,
         [100 + 37 * i % 1900 for i in range(256)],
     ],
