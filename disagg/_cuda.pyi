@@ -1,9 +1,10 @@
 """CUDA kernels for Hopper: row operators, sampling and attention over the paged KV pool.
 
 Absent where the build found no nvcc. Tensors are on the current CUDA device and float32, float16 or
-bfloat16, all of one call alike; indices are int32 vectors. A wrong shape, stride or type is a
-ValueError; what indices say is not checked. `stream` is the raw handle of a CUDA stream: a call only
-launches there, and may be captured in a graph. RuntimeError where CUDA refuses the launch.
+bfloat16, all of one call alike but for a pool, which may be float8_e4m3fn; indices are int32 vectors.
+A wrong shape, stride or type is a ValueError; what indices say is not checked. `stream` is the raw
+handle of a CUDA stream: a call only launches there, and may be captured in a graph. RuntimeError where
+CUDA refuses the launch.
 """
 
 import numpy as np
@@ -70,7 +71,8 @@ class DecodeAttention:
     """Attention of one query token a row over the paged pool; csrc/cuda/decode_attention.h is its manual.
 
     Fast for head_dim 64 and 128, bfloat16 and float16, at most 8 query heads a KV head, page sizes 16,
-    32, 64, ...; other shapes and float32 are taken too. kv_lens, page_indptr and page_indices are final
+    32, 64, ...; other shapes and float32 are taken too. `kv_dtype`, the pool's, is dtype or
+    float8_e4m3fn, which is fast for head_dim 128. kv_lens, page_indptr and page_indices are final
     before `plan` and until the step's last `run`; so is the pool, but for each row's newest token.
     """
 
@@ -83,6 +85,7 @@ class DecodeAttention:
         max_rows: int,
         dtype: torch.dtype | str,
         num_sms: int,
+        kv_dtype: torch.dtype | str | None = None,
     ) -> None: ...
     @property
     def is_fast(self) -> bool:

@@ -67,6 +67,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ),
     ] = None
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens of one KV page.")] = 16
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(
+            description="Of KV pages: `auto` is dtype; `fp8` is e4m3, scaled by 1: twice the tokens in as "
+            "many bytes, on a Hopper GPU."
+        ),
+    ] = "auto"
     kv_cache_memory_bytes: Annotated[
         Positive | None,
         Meta(description="Bytes of the KV pool of each rank; on a CPU 1 GiB by default."),

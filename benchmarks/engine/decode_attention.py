@@ -1,6 +1,7 @@
 """Claim: decode attention reads KV at 93 % or more of the bandwidth that a copy reaches on this card.
 
     python benchmarks/engine/decode_attention.py [--rounds 20] [--no-flashinfer] [--json FILE]
+        [--kv-cache-dtype fp8]
 
 A step of several layers is captured in a CUDA graph and replayed; each layer is another of a pool far
 larger than the L2 cache, and its pages are scattered. Printed is the median replay's time a layer, what
@@ -91,18 +92,19 @@ def copy_bandwidth() -> float:
 
 
 class Batch:
-    def __init__(self, shape: Shape, kv_lens: list[int]) -> None:
+    def __init__(self, shape: Shape, kv_lens: list[int], kv_dtype: torch.dtype = DTYPE) -> None:
         counts = [-(-length // PAGE_SIZE) for length in kv_lens]
-        page_bytes = shape.kv_heads * 2 * PAGE_SIZE * shape.dim * DTYPE.itemsize
+        page_bytes = shape.kv_heads * 2 * PAGE_SIZE * shape.dim * kv_dtype.itemsize
         # Several times the L2 cache between two uses of a layer, in at most 32 GiB.
         wanted = max(4, (512 << 20) // (sum(counts) * page_bytes) + 1)
         self.layers = min(wanted, 64, (32 << 30) // (sum(counts) * page_bytes))
         self.kv_lens = kv_lens
         self.kv_bytes = sum(kv_lens) * page_bytes // PAGE_SIZE
         self.pool = torch.empty(
-            sum(counts), shape.kv_heads, self.layers, 2, PAGE_SIZE, shape.dim, dtype=DTYPE, device="cuda"
+            sum(counts), shape.kv_heads, self.layers, 2, PAGE_SIZE, shape.dim, dtype=kv_dtype, device="cuda"
         )
-        self.pool.normal_()
+        for part in self.pool.split(256):
+            part.copy_(torch.randn(part.shape, dtype=DTYPE, device="cuda"))
         self.lens = torch.tensor(kv_lens, dtype=torch.int32, device="cuda")
         self.indptr = [0, *accumulate(counts)]
         self.page_indptr = torch.tensor(self.indptr, dtype=torch.int32, device="cuda")
@@ -114,7 +116,7 @@ def ours(shape: Shape, batch: Batch, rounds: int) -> tuple[float, float, Tensor]
     """Microseconds a layer and a plan, and the last layer's output."""
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     attention = DecodeAttention(
-        shape.heads, shape.kv_heads, shape.dim, PAGE_SIZE, len(batch.kv_lens), DTYPE, sms
+        shape.heads, shape.kv_heads, shape.dim, PAGE_SIZE, len(batch.kv_lens), DTYPE, sms, batch.pool.dtype
     )
     workspace = torch.empty(attention.workspace_bytes(), dtype=torch.uint8, device="cuda")
     out = torch.empty_like(batch.q)
@@ -167,7 +169,7 @@ def flashinfer(shape: Shape, batch: Batch, rounds: int) -> tuple[float, float, T
             shape.dim,
             PAGE_SIZE,
             q_data_type=DTYPE,
-            kv_data_type=DTYPE,
+            kv_data_type=batch.pool.dtype,
         )
         torch.cuda.synchronize()
         times.append((perf_counter() - began) * 1e6)
@@ -185,6 +187,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--rounds", type=int, default=20)
     ask.add_argument("--no-flashinfer", action="store_true")
+    ask.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     ask.add_argument("--json", type=Path)
     a = ask.parse_args()
     torch.manual_seed(0)
@@ -196,7 +199,7 @@ def main() -> None:
     )
     results = []
     for shape, name, kv_lens, claimed in CASES:
-        batch = Batch(shape, kv_lens)
+        batch = Batch(shape, kv_lens, torch.float8_e4m3fn if a.kv_cache_dtype == "fp8" else DTYPE)
         us, plan_us, out = ours(shape, batch, a.rounds)
         rate = batch.kv_bytes / us / 1e3
         row = {

@@ -1,5 +1,7 @@
 // Decode attention with times of each warp, and kernels that only read. Compiled and loaded by decode_trace.py.
 #define DISAGG_DECODE_TRACE
+#include <initializer_list>
+
 #include "cuda/decode_attention.cu"
 
 namespace disagg::cuda {
@@ -15,8 +17,50 @@ struct Reads {
   int64_t units;
   int layer, stages;
   uint32_t* taken;  // windows, where they are taken by a counter; else nullptr
-  int by_tensor;
+  int tensor;       // a View, or 0: plain copies
+  int copies;       // that a unit is cut into, where they are plain
+  int evict_first;
 };
+
+// What a tensor map makes of a unit of page_size 16: in which order its 128-byte rows are asked for.
+enum View {
+  kPlain,
+  kHalves,     // as decode_kernel: of K, then V, the first halves of all tokens, then the second
+  kInOrder,    // as they lie
+  kEights,     // of eight tokens the first halves, then the second
+  kWhole,      // rows of 256 bytes as they lie, not swizzled
+};
+
+cudaError_t encode_view(int view, int promotion, int kv_heads, const void* pool, int64_t pages, int layers,
+                        CUtensorMap* map) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess) return error;
+  const auto runs = static_cast<cuuint64_t>(pages) * static_cast<cuuint64_t>(kv_heads) * static_cast<cuuint64_t>(layers);
+  cuuint64_t sizes[5], strides[4];
+  cuuint32_t box[5], steps[5] = {1, 1, 1, 1, 1};
+  const auto set = [&](std::initializer_list<cuuint64_t> size, std::initializer_list<cuuint64_t> stride) {
+    std::copy(size.begin(), size.end(), sizes);
+    std::copy(stride.begin(), stride.end(), strides);
+    for (int i = 0; i < 4; ++i) box[i] = static_cast<cuuint32_t>(sizes[i]);
+    box[4] = 1;
+  };
+  if (view == kHalves) set({64, 16, 2, 2, runs}, {256, 128, 4096, 8192});
+  if (view == kInOrder) set({64, 2, 16, 2, runs}, {128, 256, 4096, 8192});
+  if (view == kEights) set({64, 8, 2, 4, runs}, {256, 128, 2048, 8192});
+  if (view == kWhole) set({128, 16, 2, 1, runs}, {256, 4096, 8192, 8192});
+  const auto encode_tiled = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  const CUresult status = encode_tiled(
+      map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(pool), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, view == kWhole ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+      promotion == 256   ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+      : promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                         : CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 // As decode_kernel loads, and nothing else: the same blocks, rings, units and order.
 __global__ void __launch_bounds__(kThreads, 1)
@@ -55,16 +99,26 @@ __global__ void __launch_bounds__(kThreads, 1)
       look_ahead();
     }
     const int run = __shfl_sync(kAll, runs, at++);
-    if (lane == 0) {
-      const uint32_t to = ring + stage * kUnitBytes, barrier = barriers + stage * 8;
-      if (p.by_tensor != 0) {
-        load_unit(to, &map, 0, run, barrier, kUnitBytes);
-      } else {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kUnitBytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                     "l"(p.pool + int64_t{run} * kUnitBytes), "r"(kUnitBytes), "r"(barrier)
-                     : "memory");
-      }
+    constexpr uint64_t kEvictFirst = 0x12f0000000000000, kNormal = 0x1000000000000000;
+    const uint64_t hint = p.evict_first != 0 ? kEvictFirst : kNormal;
+    const uint32_t to = ring + stage * kUnitBytes, barrier = barriers + stage * 8;
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kUnitBytes) : "memory");
+    __syncwarp();
+    if (p.tensor == kPlain) {
+      const int bytes = kUnitBytes / p.copies;
+      if (lane < p.copies)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+                "r"(to + lane * bytes),
+            "l"(p.pool + int64_t{run} * kUnitBytes + lane * bytes), "r"(bytes), "r"(barrier), "l"(hint)
+            : "memory");
+    } else if (lane == 0) {
+      asm volatile(
+          "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+          " [%0], [%1, {%2, %2, %2, %2, %3}], [%4], %5;" ::"r"(to),
+          "l"(&map), "r"(0), "r"(run), "r"(barrier), "l"(hint)
+          : "memory");
     }
     return true;
   };
@@ -78,6 +132,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   wait_for_earlier_kernels();
 }
+
+// What a step has between two layers' attention: nothing of the next begins before this, and this not
+// before the one before has ended.
+__global__ void __launch_bounds__(128) between_kernel() { begin(); }
 
 // The plainest way: 16 bytes a thread, neighbours beside each other, several loads on their way.
 __global__ void __launch_bounds__(512) stream_kernel(const uint4* from, int64_t count, uint4* never) {
@@ -136,35 +194,30 @@ int trace_read(void* to) {
 
 // `taken`: a zero for each layer where windows are taken by a counter, else null.
 int read_pool(int kv_heads, int sms, const void* pool, int64_t pages, int layers, int layer, const int* runs,
-              int64_t units, int stages, int by_tensor, unsigned* taken, void* stream) {
+              int64_t units, int stages, unsigned* taken, int view, int promotion, int copies, int evict_first,
+              void* stream) {
   using namespace disagg::cuda;
-  CUtensorMap map;
-  const DecodeAttention::Run run{.q = nullptr,
-                                 .q_stride = 0,
-                                 .pool = pool,
-                                 .num_pages = pages,
-                                 .num_layers = layers,
-                                 .layer = layer,
-                                 .page_indices = nullptr,
-                                 .kv_lens = nullptr,
-                                 .page_indptr = nullptr,
-                                 .out = nullptr,
-                                 .out_stride = 0,
-                                 .rows = 0,
-                                 .workspace = nullptr};
-  cudaError_t error = encode({kv_heads, kv_heads, 128, 16, 1, DType::kBFloat16, sms}, run, &map);
+  CUtensorMap map{};
+  cudaError_t error = view == kPlain ? cudaSuccess : encode_view(view, promotion, kv_heads, pool, pages, layers, &map);
   if (error != cudaSuccess) return error;
   const int most = kDecodeWarps * kMostStages * kUnitBytes;
   error = cudaFuncSetAttribute(read_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error != cudaSuccess) return error;
   const Reads reads{static_cast<const char*>(pool), runs, units, layer, stages,
-                    taken == nullptr ? nullptr : taken + layer, by_tensor};
+                    taken == nullptr ? nullptr : taken + layer, view, copies, evict_first};
   // All of the memory, whatever it uses: one block an SM.
   const Launch how{.blocks = static_cast<unsigned>(sms),
                    .threads = kThreads,
                    .stream = static_cast<cudaStream_t>(stream),
                    .shared_bytes = static_cast<unsigned>(most)};
   return launch(read_kernel, how, map, reads);
+}
+
+int trace_between(int blocks, void* stream) {
+  using namespace disagg::cuda;
+  const Launch how{
+      .blocks = static_cast<unsigned>(blocks), .threads = 128, .stream = static_cast<cudaStream_t>(stream)};
+  return launch(between_kernel, how);
 }
 
 int read_stream(int sms, const void* from, int64_t bytes, void* never, void* stream) {

@@ -2,12 +2,11 @@
 
     python benchmarks/engine/decode_trace.py [--shape 16,8] [--rows 256] [--long 2000] [--rounds 10]
 
-First kernels that only read the pool, in the order and by the loads of the attention kernel: with one,
-two or three units of 8 KB a warp on their way, divided beforehand or by a counter; and all of it in order
-of address, 16 bytes a thread. Then the attention kernel itself, built with DISAGG_DECODE_TRACE: when its
-warps start, have their first unit, their last, and are done, by the card's timer, over all layers of some
-replays; and what of that belongs to the SM. Compiles decode_trace.cu beside it by the nvcc in PATH,
-CUDA_HOME or the environment's wheels.
+First kernels that only read the pool, in the order of the attention kernel: units of 8 KB a warp, by tensor
+maps of several views and by plain copies; and all of it in order of address, 16 bytes a thread. Then the
+attention kernel itself, built with DISAGG_DECODE_TRACE: when its warps start, have their first unit, their
+last, and are done, by the card's timer, over all layers of some replays; and what of that belongs to the SM.
+Compiles decode_trace.cu beside it by the nvcc in PATH, CUDA_HOME or the environment's wheels.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from decode_attention import Batch, Shape, copy_bandwidth, replay_us, uneven
@@ -28,6 +28,46 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 POINTS = ("start", "released", "first unit", "last unit", "merged")
 RECORDS = (64, 256, 8, len(POINTS) + 1)  # layer, block, warp, point and SM
+
+PLAIN, HALVES, IN_ORDER, EIGHTS, WHOLE = range(5)
+VIEWS = ("plain", "halves", "in order", "eights", "whole")
+
+
+class Read(NamedTuple):
+    """How a kernel that only reads loads its units: as decode_trace.cu names it."""
+
+    view: int
+    promotion: int = 0
+    evict_first: bool = True
+    copies: int = 1
+    stages: int = 3
+    by_counter: bool = False
+
+    def __str__(self) -> str:
+        how = f"{self.copies} copies" if self.view == PLAIN else f"promotion {self.promotion}"
+        hint = "first" if self.evict_first else "normal"
+        counter = ", counter" if self.by_counter else ""
+        return f"{VIEWS[self.view]}, {how}, evict {hint}, {self.stages * 64} KB{counter}"
+
+
+READS = (
+    Read(HALVES, 256),
+    Read(HALVES, 256, evict_first=False),
+    Read(HALVES, 128),
+    Read(HALVES, 0),
+    Read(IN_ORDER, 256),
+    Read(IN_ORDER, 0),
+    Read(IN_ORDER, 0, evict_first=False),
+    Read(EIGHTS, 0),
+    Read(WHOLE, 0),
+    Read(PLAIN, evict_first=False),
+    Read(PLAIN),
+    Read(PLAIN, by_counter=True),
+    Read(PLAIN, stages=2),
+    Read(PLAIN, copies=2),
+    Read(PLAIN, copies=8),
+    Read(PLAIN, copies=32),
+)
 
 
 def compiled(into: Path) -> ctypes.CDLL:
@@ -52,14 +92,14 @@ class Library:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def call(self, name: str, *arguments: Tensor | int | None) -> int:
+    def call(self, name: str, *arguments: Tensor | int | bool | None) -> int:
         """A function's result. 64-bit integers and pointers alike; a 32-bit parameter takes the low half."""
         function = getattr(self._library, name)
         function.restype = ctypes.c_int64
         values = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
         return int(function(*map(ctypes.c_int64, values)))
 
-    def launch(self, name: str, *arguments: Tensor | int | None) -> None:
+    def launch(self, name: str, *arguments: Tensor | int | bool | None) -> None:
         """A function that takes the stream last and returns a cudaError_t."""
         status = self.call(name, *arguments, torch.cuda.current_stream().cuda_stream) & 0xFFFFFFFF
         if status != 0:
@@ -81,23 +121,21 @@ def print_reads(library: Library, shape: Shape, batch: Batch, sms: int, rounds: 
         us = replay_us(step, batch.layers, rounds)
         print(f"  {what:<52}{us:>8.1f} us{num_bytes / us / 1e3:>7.0f} GB/s", flush=True)
 
-    def reader(stages: int, by_tensor: int, counter: Tensor | None) -> Callable[[], None]:
+    def reader(read: Read) -> Callable[[], None]:
         def step() -> None:
-            if counter is not None:
-                counter.zero_()
+            if read.by_counter:
+                taken.zero_()
             for layer in range(batch.layers):
                 pool = (batch.pool, batch.pool.shape[0], batch.layers, layer)
-                flags = (stages, by_tensor, counter)
-                library.launch("read_pool", shape.kv_heads, sms, *pool, runs, runs.numel(), *flags)
+                flags = (read.view, read.promotion, read.copies, read.evict_first)
+                counter = taken if read.by_counter else None
+                units = (runs, runs.numel(), read.stages, counter)
+                library.launch("read_pool", shape.kv_heads, sms, *pool, *units, *flags)
 
         return step
 
-    for stages in (1, 2, 3):
-        for counter in (None, taken):
-            how = "by a counter" if counter is not None else "beforehand"
-            what = f"{stages * 64} KB an SM on their way, divided {how}"
-            report(what, reader(stages, 1, counter), num_bytes)
-    report("192 KB, beforehand, by plain bulk copies", reader(3, 0, None), num_bytes)
+    for read in READS:
+        report(str(read), reader(read), num_bytes)
 
     in_order = batch.pool.nbytes // batch.layers
     never = torch.zeros(4, dtype=torch.int32, device="cuda")
@@ -109,8 +147,13 @@ def print_reads(library: Library, shape: Shape, batch: Batch, sms: int, rounds: 
     report("all in order of address, 16 bytes a thread", stream, in_order)
 
 
-def traced(library: Library, shape: Shape, batch: Batch, sms: int, replays: int) -> tuple[Tensor, float]:
-    """Records of each replay's layers, [layers, blocks, warps, point and SM], and microseconds a layer."""
+def traced(
+    library: Library, shape: Shape, batch: Batch, sms: int, replays: int, between: bool
+) -> tuple[Tensor, float]:
+    """Records of each replay's layers, [layers, blocks, warps, point and SM], and microseconds a layer.
+
+    `between`: with a small kernel after each, as in a step, so that all blocks of the next start at once.
+    """
     sizes = (shape.heads, shape.kv_heads, len(batch.kv_lens), sms)
     num_bytes = library.call("trace_workspace_bytes", *sizes)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
@@ -127,6 +170,8 @@ def traced(library: Library, shape: Shape, batch: Batch, sms: int, replays: int)
             pool = (batch.q, batch.pool, batch.pool.shape[0], batch.layers, layer)
             tables = (batch.page_indices, batch.lens, batch.page_indptr)
             library.launch("trace_run", *sizes, *pool, *tables, out, workspace)
+            if between:
+                library.launch("trace_between", len(batch.kv_lens))
 
     us = replay_us(step, batch.layers, 10)
     records = []
@@ -197,8 +242,10 @@ def main() -> None:
         library = Library(compiled(Path(folder)))
         if not a.no_reads:
             print_reads(library, shape, batch, sms, a.rounds)
-        records, us = traced(library, shape, batch, sms, replays=8)
-        print(f"  attention{us:>51.1f} us{batch.kv_bytes / us / 1e3:>7.0f} GB/s")
+        for between in (False, True):
+            records, us = traced(library, shape, batch, sms, replays=8, between=between)
+            what = "attention, a kernel between" if between else "attention"
+            print(f"  {what:<52}{us:>8.1f} us{batch.kv_bytes / us / 1e3:>7.0f} GB/s")
         print_trace(records)
 
 

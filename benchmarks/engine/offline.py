@@ -5,7 +5,7 @@ The workload of mini-sglang's and nano-vLLM's benchmarks: seed 0, 256 requests, 
 are random. Each round draws other prompts of the same lengths, so that the prefix cache has none.
 The reference's figures are quoted, not measured here.
 
-    python benchmarks/engine/offline.py SHAPE_DIR [--rounds 3] [--profile]
+    python benchmarks/engine/offline.py SHAPE_DIR [--rounds 3] [--profile] [--kv-cache-dtype fp8]
 """
 
 import argparse
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16_384)
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--timeline", action="store_true", help="Also say where a round's time goes.")
     parser.add_argument(
         "--profile", action="store_true", help="Print where the time goes, and measure nothing."
@@ -124,6 +125,7 @@ def main() -> None:
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         max_model_len=2048,
         attention_backend=arguments.attention_backend,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     loaded_s = time.perf_counter() - began
     first = measure(llm, [(p, SamplingParams(max_tokens=4, ignore_eos=True)) for p, _ in make_work(9_999)])
@@ -145,12 +147,16 @@ def main() -> None:
         "rounds": [round(speed, 1) for speed in speeds],
         "mini_sglang_quoted": REFERENCE.get((arguments.shape.name, card)),
         "attention_backend": arguments.attention_backend,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "load_s": round(loaded_s, 1),
         "torch": torch.__version__,
     }
     print(json.dumps(result), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"offline-{arguments.shape.name}-{card}.json").write_text(json.dumps(result, indent=2) + "\n")
+    suffix = "" if arguments.kv_cache_dtype == "auto" else f"-kv-{arguments.kv_cache_dtype}"
+    (RESULTS / f"offline-{arguments.shape.name}{suffix}-{card}.json").write_text(
+        json.dumps(result, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

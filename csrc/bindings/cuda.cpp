@@ -73,12 +73,14 @@ cuda::KvPool pool_layer(const Tensor& pool, std::int64_t layer) {
   require(pool.ndim() == 6 && pool.size(3) == 2 && pool.packed_from(4),
           "pool must be [page, kv_head, layer, 2, token, head_dim] with contiguous tokens");
   require(layer >= 0 && layer < pool.size(2), "the pool has no such layer");
-  return {.base = pool.as<char>() + layer * pool.stride(2) * cuda::item_bytes(dtype_of(pool)),
+  const bool is_e4m3 = pool.is(dlpack::kE4m3, 8);
+  return {.base = pool.as<char>() + layer * pool.stride(2) * (is_e4m3 ? 1 : cuda::item_bytes(dtype_of(pool))),
           .page_stride = pool.stride(0),
           .head_stride = pool.stride(1),
           .value_offset = pool.stride(3),
           .page_size = pool.size(4),
-          .head_dim = pool.size(5)};
+          .head_dim = pool.size(5),
+          .is_e4m3 = is_e4m3};
 }
 
 void rope_and_store(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
@@ -88,10 +90,11 @@ void rope_and_store(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const cuda::KvPool view = pool_layer(pool, layer);
   const std::int64_t tokens = q.ndim() == 3 ? q.size(0) : -1;
   const auto heads = [&](const Tensor& t) {
-    return t.ndim() == 3 && t.same_dtype(pool) && t.packed_from(1) && t.size(0) == tokens && t.size(2) == view.head_dim;
+    return t.ndim() == 3 && t.same_dtype(view.is_e4m3 ? q : pool) && t.packed_from(1) && t.size(0) == tokens && t.size(2) == view.head_dim;
   };
   require(heads(q) && heads(k) && heads(v) && k.size(1) == pool.size(1) && v.size(1) == pool.size(1),
-          "q, k and v must be [tokens, heads, head_dim] of the pool's type, with contiguous heads");
+          "q, k and v must be [tokens, heads, head_dim] of one type, which is the pool's or that float8_e4m3fn, with "
+          "contiguous heads");
   require(view.head_dim <= cuda::kMaxHeadDim, "head_dim must be at most 1024");
   require(cos_sin.ndim() == 2 && cos_sin.is(dlpack::kFloat, 32) && cos_sin.packed_from(0) &&
               cos_sin.size(1) % 2 == 0 && cos_sin.size(1) <= view.head_dim,

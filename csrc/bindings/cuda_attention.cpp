@@ -32,6 +32,14 @@ cuda::DType dtype_named(const nb::object& dtype) {
   throw std::invalid_argument("dtype must be bfloat16, float16 or float32, got " + name);
 }
 
+bool is_e4m3(const nb::object& kv_dtype, const nb::object& dtype) {
+  const std::string name = nb::str(kv_dtype).c_str();
+  if (name == "float8_e4m3fn" || name == "torch.float8_e4m3fn") return true;
+  if (!kv_dtype.is_none() && dtype_named(kv_dtype) != dtype_named(dtype))
+    throw std::invalid_argument("kv_dtype must be dtype or float8_e4m3fn, got " + name);
+  return false;
+}
+
 bool has(const Tensor& t, cuda::DType dtype) {
   return (t.is(dlpack::kFloat, 32) || t.is(dlpack::kFloat, 16) || t.is(dlpack::kBfloat, 16)) && dtype_of(t) == dtype;
 }
@@ -43,8 +51,9 @@ bool is_int32(const Tensor& t) { return t.ndim() == 1 && t.is(dlpack::kInt, 32) 
 class DecodeAttention {
  public:
   DecodeAttention(int num_heads, int num_kv_heads, int head_dim, int page_size, int max_rows, const nb::object& dtype,
-                  int num_sms)
-      : attention_(checked({num_heads, num_kv_heads, head_dim, page_size, max_rows, dtype_named(dtype), num_sms})) {}
+                  int num_sms, const nb::object& kv_dtype)
+      : attention_(checked({num_heads, num_kv_heads, head_dim, page_size, max_rows, dtype_named(dtype), num_sms,
+                            is_e4m3(kv_dtype, dtype)})) {}
 
   bool is_fast() const { return attention_.shape().is_fast(); }
   std::size_t workspace_bytes() const { return attention_.workspace_bytes(); }
@@ -64,10 +73,11 @@ class DecodeAttention {
                                "16-byte aligned");
     require(is_heads(out, rows), "out must be [rows of kv_lens, num_heads, head_dim] of dtype, heads contiguous and "
                                  "rows 16-byte aligned");
-    require(pool.ndim() == 6 && has(pool, shape.dtype) && pool.packed_from(0) && is_aligned(pool) &&
+    const bool has_kv = shape.kv_is_e4m3 ? pool.is(dlpack::kE4m3, 8) : has(pool, shape.dtype);
+    require(pool.ndim() == 6 && has_kv && pool.packed_from(0) && is_aligned(pool) &&
                 pool.size(1) == shape.num_kv_heads && pool.size(3) == 2 && pool.size(4) == shape.page_size &&
                 pool.size(5) == shape.head_dim,
-            "pool must be a contiguous [page, num_kv_heads, layer, 2, page_size, head_dim] of dtype");
+            "pool must be a contiguous [page, num_kv_heads, layer, 2, page_size, head_dim] of kv_dtype");
     const std::int64_t runs = pool.size(0) * pool.size(1) * pool.size(2);
     require(runs > 0 && runs <= std::numeric_limits<int>::max(),
             "pool must have between 1 and 2**31 - 1 pages times heads times layers");
@@ -126,8 +136,9 @@ class DecodeAttention {
 
 void bind_attention(nb::module_& m) {
   nb::class_<DecodeAttention>(m, "DecodeAttention")
-      .def(nb::init<int, int, int, int, int, const nb::object&, int>(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-           "page_size"_a, "max_rows"_a, "dtype"_a, "num_sms"_a)
+      .def(nb::init<int, int, int, int, int, const nb::object&, int, const nb::object&>(), "num_heads"_a,
+           "num_kv_heads"_a, "head_dim"_a, "page_size"_a, "max_rows"_a, "dtype"_a, "num_sms"_a,
+           "kv_dtype"_a = nb::none())
       .def_prop_ro("is_fast", &DecodeAttention::is_fast)
       .def("workspace_bytes", &DecodeAttention::workspace_bytes)
       .def("plan", &DecodeAttention::plan, "kv_lens"_a, "page_indptr"_a, "workspace"_a, "stream"_a)

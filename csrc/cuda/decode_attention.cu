@@ -11,6 +11,11 @@
 // A unit lies in shared memory as [k/v][d / 64][token][64], each row of 128 bytes swizzled by TMA, so
 // that ldmatrix has no bank conflict. A row's maximum is raised only when a score exceeds it by 2^8.
 //
+// E4M3 is widened in registers to float16, which is exact, and multiplied as such: a row of 128 bytes is
+// then 128 elements, and what ldmatrix takes for an element of 16 bits is two neighbours. Of K they stay
+// neighbours, for the order in which a product's terms are added is free, if the query's is the same; of V
+// the even ones become the first eight rows of a factor, the odd ones the others.
+//
 // A warp that has a whole (row, head) writes it. Pieces of several warps are merged in the CTA at its
 // end. A CTA's part of what crosses CTAs is left in the workspace as soon as it is complete: what an
 // earlier CTA began usually early, by the one warp that has it. The last to arrive merges, head by head,
@@ -24,6 +29,7 @@
 #include <bit>
 #include <cmath>
 #include <numbers>
+#include <type_traits>
 
 #include "cuda/decode_division.h"
 #include "cuda/decode_trace.cuh"
@@ -38,7 +44,7 @@ using std::uint64_t;
 
 constexpr int kThreads = 32 * kDecodeWarps;
 constexpr int kHeads = 8;      // query heads of a KV head, padded
-constexpr int kTile = 64;      // elements of a swizzled row of 128 bytes
+constexpr int kRowBytes = 128;  // of a swizzled row in shared memory
 constexpr int kPieces = 2;     // unfinished ones of a warp or a CTA
 constexpr int kAtOnce = 8;     // parts of CTAs whose loads are on their way together
 constexpr float kRaiseAt = 8;  // log2 by which a score may exceed the maximum that it is taken relative to
@@ -149,6 +155,23 @@ struct Math<__half> {
   }
 };
 
+// Two elements as float16; what is too large becomes the largest.
+template <class T>
+__device__ __forceinline__ uint32_t to_halves(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return pair;
+  } else {
+    constexpr float kLargest = 65504;
+    const auto& items = reinterpret_cast<const Pack<T, 2>&>(pair).items;
+    const auto bounded = [](T x) { return fminf(fmaxf(to_float(x), -kLargest), kLargest); };
+    return Math<__half>::pack(bounded(items[0]), bounded(items[1]));
+  }
+}
+
+__device__ __forceinline__ uint32_t widened(uint32_t pairs, int half) {
+  return halves_of_e4m3s(static_cast<std::uint16_t>(half == 0 ? pairs : pairs >> 16));
+}
+
 // Past L1: it is not coherent, and these are written by other SMs or earlier kernels.
 template <class Record>
 __device__ __forceinline__ Record load_record(const Record* from) {
@@ -255,9 +278,9 @@ struct Params {
   float scale;     // of scores, to base 2
 };
 
-template <int kDim>
+template <class Kv, int kDim>
 struct Layout {
-  static constexpr int kUnitBytes = 2 * kUnitTokens * kDim * 2;
+  static constexpr int kUnitBytes = 2 * kUnitTokens * kDim * static_cast<int>(sizeof(Kv));
   static constexpr int kStages = 24 * 1024 / kUnitBytes;  // of a warp
   static constexpr int kRow = kDim + 4;                   // padded: a fragment's stores meet no bank twice
 
@@ -281,7 +304,7 @@ struct Layout {
 
 // The loads of a warp: walks its units ahead of the computing, and fetches page ids and rows ahead of
 // itself. All of it is uniform in the warp but `pages` and `pages_ahead`, of which each lane has one.
-template <int kDim>
+template <class Shared>
 class Loads {
  public:
   __device__ Loads(const Params& p, const CUtensorMap* map, const DecodeStart& start, uint32_t ring, uint32_t barriers)
@@ -304,9 +327,9 @@ class Loads {
     const int id = __shfl_sync(kAll, pages_, page - window_);
     if (threadIdx.x % 32 == 0) {
       const int token = (unit_ & ((1 << p_.page_shift) - 1)) * kUnitTokens;
-      load_unit(ring_ + stage * Layout<kDim>::kUnitBytes, map_, token,
+      load_unit(ring_ + stage * Shared::kUnitBytes, map_, token,
                 (id * p_.num_kv_heads + head_) * p_.num_layers + p_.layer, barriers_ + stage * 8,
-                Layout<kDim>::kUnitBytes);
+                Shared::kUnitBytes);
     }
     if (--left_ > 0) step();
   }
@@ -350,29 +373,37 @@ class Loads {
   int window_ = 0, pages_ = 0, pages_ahead_ = 0;
 };
 
-// A warp's fragment addresses in a stage: relative to it, for the first 64 of head_dim.
+// A warp's fragment addresses in a stage: relative to it, for the first row of each token.
 struct Fragments {
   uint32_t k[4], v[4];
-  template <int kDim>
+  template <class Shared>
   static __device__ Fragments of(int lane) {
     Fragments result;
     const int k_token = lane % 16, k_chunk = lane / 16;
     const int v_token = lane % 8 + lane / 16 * 8, v_chunk = lane / 8 % 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      result.k[i] = k_token * 128 + (((2 * i + k_chunk) ^ (lane % 8)) << 4);
-      result.v[i] = kUnitTokens * kDim * 2 + v_token * 128 + (((2 * i + v_chunk) ^ (lane % 8)) << 4);
+      result.k[i] = k_token * kRowBytes + (((2 * i + k_chunk) ^ (lane % 8)) << 4);
+      result.v[i] = Shared::kUnitBytes / 2 + v_token * kRowBytes + (((2 * i + v_chunk) ^ (lane % 8)) << 4);
     }
     return result;
   }
 };
 
 // What is known of a (row, head) after some of its tokens. A lane has heads 2 * (lane % 4) and the next.
-template <class T, int kDim>
+template <class T, class Kv, int kDim>
 struct State {
+  static constexpr bool kIsNarrow = sizeof(Kv) == 1;
+  static constexpr int kMatrices = kDim * static_cast<int>(sizeof(Kv)) / 32;  // loads of four, of K as of V
+  static constexpr int kPitch = Layout<Kv, kDim>::kRow;
+  using Factors = Math<std::conditional_t<kIsNarrow, __half, T>>;
+
   float sums[kDim / 16][4] = {};
   float maximum[2] = {-INFINITY, -INFINITY};
   float total[2] = {};  // of this lane's tokens until complete() adds the others'
+
+  // Where of a factor's 16 elements of head_dim a lane's first or second one is.
+  static __device__ int dim_of(int row, int second) { return kIsNarrow ? 2 * row + second : row + 8 * second; }
 
   // Adds a unit. kPartial: only its first `valid` tokens are there, the rest of the page may be anything.
   template <bool kPartial>
@@ -381,10 +412,17 @@ struct State {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     float even[4] = {}, odd[4] = {};
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) {
+    for (int i = 0; i < kMatrices; ++i) {
       uint32_t k[4];
-      load_matrices(k, stage + at.k[i % 4] + i / 4 * (kUnitTokens * 128));
-      Math<T>::multiply_add(i % 2 == 0 ? even : odd, k, q[i][0], q[i][1]);
+      load_matrices(k, stage + at.k[i % 4] + i / 4 * (kUnitTokens * kRowBytes));
+      if constexpr (kIsNarrow) {
+        const uint32_t first[4] = {widened(k[0], 0), widened(k[1], 0), widened(k[0], 1), widened(k[1], 1)};
+        const uint32_t second[4] = {widened(k[2], 0), widened(k[3], 0), widened(k[2], 1), widened(k[3], 1)};
+        Factors::multiply_add(even, first, q[2 * i][0], q[2 * i][1]);
+        Factors::multiply_add(odd, second, q[2 * i + 1][0], q[2 * i + 1][1]);
+      } else {
+        Factors::multiply_add(i % 2 == 0 ? even : odd, k, q[i][0], q[i][1]);
+      }
     }
     float s[4];
 #pragma unroll
@@ -399,20 +437,29 @@ struct State {
     for (int i = 0; i < 4; ++i) p[i] = exp2_of(fmaf(s[i], scale, -maximum[i % 2]));
     total[0] += p[0] + p[2];
     total[1] += p[1] + p[3];
-    const uint32_t b0 = transpose(Math<T>::pack(p[0], p[1])), b1 = transpose(Math<T>::pack(p[2], p[3]));
+    const uint32_t b0 = transpose(Factors::pack(p[0], p[1])), b1 = transpose(Factors::pack(p[2], p[3]));
     // Zero times a NaN is one: tokens that are not there must be zeros too.
     const auto mask = [valid](int token) {
       return (token < valid ? 0x0000ffffu : 0u) | (token + 1 < valid ? 0xffff0000u : 0u);
     };
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) {
+    for (int i = 0; i < kMatrices; ++i) {
       uint32_t v[4];
-      load_transposed(v, stage + at.v[i % 4] + i / 4 * (kUnitTokens * 128));
+      load_transposed(v, stage + at.v[i % 4] + i / 4 * (kUnitTokens * kRowBytes));
       if (kPartial) {
         v[0] &= mask(column), v[1] &= mask(column);
         v[2] &= mask(column + 8), v[3] &= mask(column + 8);
       }
-      Math<T>::multiply_add(sums[i], v, b0, b1);
+      if constexpr (kIsNarrow) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {  // of two tokens' two neighbours: the first of both, then the second
+          const uint32_t low = __byte_perm(v[j], 0, 0x3120), high = __byte_perm(v[j + 2], 0, 0x3120);
+          const uint32_t a[4] = {widened(low, 0), widened(low, 1), widened(high, 0), widened(high, 1)};
+          Factors::multiply_add(sums[2 * i + j], a, b0, b1);
+        }
+      } else {
+        Factors::multiply_add(sums[i], v, b0, b1);
+      }
     }
   }
 
@@ -427,6 +474,17 @@ struct State {
   __device__ __forceinline__ void write(char* out, int group) const {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     const float by[2] = {1 / total[0], 1 / total[1]};
+    if constexpr (kIsNarrow) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (column + j >= group) continue;
+        char* to = out + ((column + j) * kDim + 2 * row) * 2;
+#pragma unroll
+        for (int i = 0; i < kDim / 16; ++i)
+          *reinterpret_cast<uint32_t*>(to + i * 32) = Math<T>::pack(sums[i][j] * by[j], sums[i][2 + j] * by[j]);
+      }
+      return;
+    }
     char* to = out + (row * kDim + column) * 2;
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
@@ -445,7 +503,7 @@ struct State {
     for (int i = 0; i < kDim / 16; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (column + j % 2 < group) to[(column + j % 2) * Layout<kDim>::kRow + i * 16 + row + j / 2 * 8] = sums[i][j];
+        if (column + j % 2 < group) to[(column + j % 2) * kPitch + i * 16 + dim_of(row, j / 2)] = sums[i][j];
     if (row == 0) {
       weights[column] = {maximum[0], total[0]};
       weights[column + 1] = {maximum[1], total[1]};
@@ -473,15 +531,21 @@ struct State {
 };
 
 // Query heads of a KV head as the right factor: rows of head_dim, a column a head; absent ones are zeros.
-template <int kDim>
+template <class T, class Kv, int kDim>
 __device__ __forceinline__ void load_query(uint32_t (&q)[kDim / 16][2], const char* from, int group) {
-  const int head = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-  from += (head * kDim + column) * 2;
+  const int head = threadIdx.x % 32 / 4, lane = threadIdx.x % 4;
+  from += head * kDim * 2;
 #pragma unroll
-  for (int i = 0; i < kDim / 16; ++i)
+  for (int i = 0; i < kDim / 16; ++i) {
+    if constexpr (sizeof(Kv) == 1) {
+      const uint2 items = head < group ? __ldcg(reinterpret_cast<const uint2*>(from + i * 32 + lane * 8)) : uint2{};
+      q[i][0] = to_halves<T>(items.x), q[i][1] = to_halves<T>(items.y);
+    } else {
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-      q[i][j] = head < group ? __ldcg(reinterpret_cast<const uint32_t*>(from + i * 32 + j * 16)) : 0;
+      for (int j = 0; j < 2; ++j)
+        q[i][j] = head < group ? __ldcg(reinterpret_cast<const uint32_t*>(from + i * 32 + j * 16 + lane * 4)) : 0;
+    }
+  }
 }
 
 // A lane's share of a head: kDim / 32 elements, and what pieces before this one came to.
@@ -527,11 +591,11 @@ __device__ __forceinline__ void copy_past_l1(float (&to)[kWidth], const float* f
   }
 }
 
-template <class T, int kDim>
+template <class T, class Kv, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-  using Shared = Layout<kDim>;
+  using Shared = Layout<Kv, kDim>;
   using Result = Merged<T, kDim>;
   constexpr int kWidth = Result::kWidth;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
@@ -553,7 +617,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncwarp();
 
   const int own = cta * kDecodeWarps + warp, own_kv_len = own < p.rows ? __ldcg(p.kv_lens + own) : 0;
-  Loads<kDim> loads(p, &map, start, ring, barriers);
+  Loads<Shared> loads(p, &map, start, ring, barriers);
   int loaded = 0;
   for (; loaded < Shared::kStages && loads.pending() && !loads.is_newest(); ++loaded) loads.issue(loaded);
   wait_for_earlier_kernels();
@@ -624,15 +688,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  const Fragments at = Fragments::of<kDim>(lane);
+  const Fragments at = Fragments::of<Shared>(lane);
   DecodeRow row = start.row;
   int entry = start.entry, head = start.head, unit = start.unit;
   int stage = 0;
   uint32_t parity = 0;
   for (int left = start.count; left > 0;) {
     uint32_t q[kDim / 16][2];
-    load_query<kDim>(q, p.q + row.row * p.q_stride + static_cast<int64_t>(head * p.group) * (kDim * 2), p.group);
-    State<T, kDim> state;
+    load_query<T, Kv, kDim>(q, p.q + row.row * p.q_stride + static_cast<int64_t>(head * p.group) * (kDim * 2), p.group);
+    State<T, Kv, kDim> state;
     const int units = units_of(row.kv_len), begin = unit, end = min(units, begin + left);
     left -= end - begin;
     for (; unit < end; ++unit) {
@@ -733,7 +797,7 @@ struct PlainParams {
 };
 
 // One warp a (row, head): a lane a token for the scores, a lane every 32nd element for the sums.
-template <class T>
+template <class T, class Kv>
 __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ PlainParams p) {
   constexpr int kItems = DecodeAttention::kMaxHeadDim / 32;
   __shared__ float q[DecodeAttention::kMaxHeadDim];
@@ -741,7 +805,7 @@ __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ Plain
   begin();
   const int kv_len = p.kv_lens[row];
   const int* pages = p.page_indices + p.page_indptr[row];
-  const T* pool = static_cast<const T*>(p.pool) + head / p.group * p.head_stride + p.layer_offset;
+  const Kv* pool = static_cast<const Kv*>(p.pool) + head / p.group * p.head_stride + p.layer_offset;
   const T* query = static_cast<const T*>(p.q) + row * p.q_stride + static_cast<int64_t>(head) * p.head_dim;
   for (int i = lane; i < p.head_dim; i += 32) q[i] = to_float(query[i]) * p.scale;
   __syncwarp();
@@ -749,7 +813,7 @@ __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ Plain
   float sums[kItems] = {}, maximum = -INFINITY, total = 0;
   for (int base = 0; base < kv_len; base += 32) {
     const int token = base + lane;
-    const T* key = pool;
+    const Kv* key = pool;
     float score = -INFINITY;
     if (token < kv_len) {
       key += pages[token / p.page_size] * p.page_stride + static_cast<int64_t>(token % p.page_size) * p.head_dim;
@@ -768,7 +832,7 @@ __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ Plain
     const uint64_t value = reinterpret_cast<uint64_t>(key + p.value_offset);
     for (int other = 0; other < min(32, kv_len - base); ++other) {
       const float w = __shfl_sync(kAll, weight, other);
-      const T* v = reinterpret_cast<const T*>(__shfl_sync(kAll, value, other));
+      const Kv* v = reinterpret_cast<const Kv*>(__shfl_sync(kAll, value, other));
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
         if (lane + 32 * i < p.head_dim) sums[i] += w * to_float(v[lane + 32 * i]);
@@ -784,7 +848,7 @@ __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ Plain
 
 // ---- host ----
 
-// A pool as [run, k/v, head_dim / 64, token, 64], a run being one layer of one head of one page. A box
+// A pool as [run, k/v, rows of 128 bytes of a token, token, a row], a run being one layer of one head of one page. A box
 // is 16 tokens of a run. Encoded by the driver, which this asks for at run time instead of linking it.
 cudaError_t encode(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, CUtensorMap* map) {
   void* found = nullptr;
@@ -793,16 +857,18 @@ cudaError_t encode(const DecodeAttention::Shape& shape, const DecodeAttention::R
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
   if (error != cudaSuccess) return error;
   if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const auto dim = static_cast<cuuint64_t>(shape.head_dim), page = static_cast<cuuint64_t>(shape.page_size);
+  const auto item = static_cast<cuuint64_t>(shape.kv_bytes()), dim = static_cast<cuuint64_t>(shape.head_dim);
+  const auto page = static_cast<cuuint64_t>(shape.page_size), tile = kRowBytes / item;
   const auto runs = static_cast<cuuint64_t>(run.num_pages) * static_cast<cuuint64_t>(shape.num_kv_heads) *
                     static_cast<cuuint64_t>(run.num_layers);
-  const cuuint64_t sizes[] = {kTile, page, dim / kTile, 2, runs};
-  const cuuint64_t strides[] = {dim * 2, kTile * 2, page * dim * 2, page * dim * 4};
-  const cuuint32_t box[] = {kTile, kUnitTokens, static_cast<cuuint32_t>(shape.head_dim) / kTile, 2, 1};
+  const cuuint64_t sizes[] = {tile, page, dim / tile, 2, runs};
+  const cuuint64_t strides[] = {dim * item, kRowBytes, page * dim * item, page * dim * item * 2};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(tile), kUnitTokens, static_cast<cuuint32_t>(dim / tile), 2, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+  const auto type = item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   const auto encode_tiled = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   const CUresult status =
-      encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(run.pool), sizes, strides, box, steps,
+      encode_tiled(map, type, 5, const_cast<void*>(run.pool), sizes, strides, box, steps,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -812,15 +878,15 @@ float scale_of(const DecodeAttention::Shape& shape) {
   return std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(shape.head_dim));
 }
 
-template <class T, int kDim>
+template <class T, class Kv, int kDim>
 cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, cudaStream_t stream) {
   CUtensorMap map;
   cudaError_t error = encode(shape, run, &map);
   if (error != cudaSuccess) return error;
-  static_assert(Layout<kDim>::bytes(kHeads) <= 227 * 1024);
+  static_assert(Layout<Kv, kDim>::bytes(kHeads) <= 227 * 1024);
   // With fewer heads there is room for blocks of the kernel before, each of which takes a KB at least.
-  const std::size_t bytes = Layout<kDim>::bytes(shape.group());
-  error = cudaFuncSetAttribute(decode_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const std::size_t bytes = Layout<Kv, kDim>::bytes(shape.group());
+  error = cudaFuncSetAttribute(decode_kernel<T, Kv, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const Params params{.space = Workspace(shape, run.workspace),
@@ -842,10 +908,10 @@ cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention:
                    .threads = kThreads,
                    .stream = stream,
                    .shared_bytes = static_cast<unsigned>(bytes)};
-  return launch(decode_kernel<T, kDim>, how, map, params);
+  return launch(decode_kernel<T, Kv, kDim>, how, map, params);
 }
 
-template <class T>
+template <class T, class Kv>
 cudaError_t run_plain(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, cudaStream_t stream) {
   const int64_t half = static_cast<int64_t>(shape.page_size) * shape.head_dim;
   const PlainParams params{.q = run.q,
@@ -869,13 +935,13 @@ cudaError_t run_plain(const DecodeAttention::Shape& shape, const DecodeAttention
                    .threads = kWarp,
                    .stream = stream,
                    .blocks_y = static_cast<unsigned>(run.rows)};
-  return launch(plain_kernel<T>, how, params);
+  return launch(plain_kernel<T, Kv>, how, params);
 }
 
 }  // namespace
 
 bool DecodeAttention::Shape::is_fast() const {
-  return (head_dim == 64 || head_dim == 128) && item_bytes(dtype) == 2 && group() <= kHeads &&
+  return (head_dim == 128 || (head_dim == 64 && !kv_is_e4m3)) && item_bytes(dtype) == 2 && group() <= kHeads &&
          page_size % kUnitTokens == 0 && std::has_single_bit(static_cast<unsigned>(page_size / kUnitTokens));
 }
 
@@ -912,10 +978,13 @@ cudaError_t DecodeAttention::run(const Run& run, cudaStream_t stream) const {
   if (run.rows == 0) return cudaSuccess;
   return with_type(shape_.dtype, [&]<class T>() {
     if constexpr (sizeof(T) == 2) {
-      if (shape_.is_fast())
-        return shape_.head_dim == 64 ? run_fast<T, 64>(shape_, run, stream) : run_fast<T, 128>(shape_, run, stream);
+      if (shape_.is_fast()) {
+        if (shape_.kv_is_e4m3) return run_fast<T, E4M3, 128>(shape_, run, stream);
+        return shape_.head_dim == 64 ? run_fast<T, T, 64>(shape_, run, stream)
+                                     : run_fast<T, T, 128>(shape_, run, stream);
+      }
     }
-    return run_plain<T>(shape_, run, stream);
+    return shape_.kv_is_e4m3 ? run_plain<T, E4M3>(shape_, run, stream) : run_plain<T, T>(shape_, run, stream);
   });
 }
 

@@ -5,7 +5,7 @@
 // follows that division, one layer a call. Both only launch kernels, so both can be captured in a CUDA
 // graph and replayed with other lengths. Results are equal from run to run, bit by bit.
 //
-// Fast path: head_dim 64 or 128, 16-bit elements, at most 8 query heads a KV head, pages of 16 tokens
+// Fast path: head_dim 128 or, but for E4M3, 64; 16-bit elements, KV also in E4M3; at most 8 query heads a KV head, pages of 16 tokens
 // times a power of two, Hopper. Everything else goes a plain way, one warp a (row, head).
 //
 // Requires, of what `plan` reads (kv_lens, page_indptr) and of page_indices: written before `plan` on
@@ -33,6 +33,8 @@ class DecodeAttention {
     int num_heads, num_kv_heads, head_dim, page_size, max_rows;
     DType dtype;
     int num_sms;  // CTAs of the grid
+    bool kv_is_e4m3 = false;  // instead of dtype; scaled by 1
+    int kv_bytes() const { return kv_is_e4m3 ? 1 : item_bytes(dtype); }
     int group() const { return num_heads / num_kv_heads; }
     bool is_fast() const;
   };

@@ -32,6 +32,33 @@ __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// A byte of 4 bits exponent and 3 of mantissa, up to 448 and without infinities (torch.float8_e4m3fn).
+struct E4M3 {
+  std::uint8_t bits;
+};
+
+// Two neighbours, the first in the low half; exact.
+__device__ __forceinline__ std::uint32_t halves_of_e4m3s(std::uint16_t pair) {
+  std::uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  return halves;
+}
+// To the nearest, and to the largest where it is more.
+__device__ __forceinline__ std::uint16_t e4m3s_of(float low, float high) {
+  std::uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ float to_float(E4M3 x) {
+  const std::uint32_t halves = halves_of_e4m3s(x.bits);
+  return __half2float(reinterpret_cast<const __half2*>(&halves)->x);
+}
+template <>
+__device__ __forceinline__ E4M3 from_float(float x) {
+  return {static_cast<std::uint8_t>(e4m3s_of(x, 0))};
+}
+
 // What reading back a stored value gives: the reference models round there.
 template <class T>
 __device__ __forceinline__ float rounded(float x) {

@@ -14,6 +14,7 @@ struct KvPool {
   void* base;
   std::int64_t page_stride, head_stride, value_offset;
   std::int64_t page_size, head_dim;
+  bool is_e4m3;  // else of the type of q, k and v
 };
 
 // Rows of q, k and v lie `*_stride` elements apart; heads are contiguous. Norms may be nullptr.

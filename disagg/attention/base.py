@@ -18,11 +18,18 @@ class AttentionSizes(Struct, frozen=True, kw_only=True):
     num_qo_heads: int
     """Query heads of this rank."""
     dtype: torch.dtype
-    """Of queries and the pool."""
+    """Of queries and outputs."""
+    kv_dtype: torch.dtype | None = None
+    """Of the pool; None where it is `dtype`. Values are scaled by 1."""
     max_rows: int = 0
     """Sequences of one step. Backends on the CPU need neither this nor the next."""
     max_page_indices: int = 0
     """Pages of them all; a page counts once for each sequence that has it."""
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the pool is of another type than the queries."""
+        return self.kv_dtype not in (None, self.dtype)
 
 
 class AttentionBackend(Protocol):

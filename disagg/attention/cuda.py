@@ -71,7 +71,7 @@ def _make(sizes: AttentionSizes, num_sms: int) -> DecodeAttention:
 
     layout = sizes.layout
     heads = (sizes.num_qo_heads, layout.num_heads, layout.head_dim)
-    return DecodeAttention(*heads, layout.page_size, sizes.max_rows, sizes.dtype, num_sms)
+    return DecodeAttention(*heads, layout.page_size, sizes.max_rows, sizes.dtype, num_sms, sizes.kv_dtype)
 
 
 def _stream() -> int:

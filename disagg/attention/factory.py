@@ -69,7 +69,7 @@ def _pick(name: str, phase: Phase, device: torch.device, sizes: AttentionSizes) 
     if device.type == "cpu":
         return "cpu"
     has_kernel = phase == "decode" and why_no_cuda_kernels() is None
-    if has_kernel and is_fast(sizes):
+    if has_kernel and (is_fast(sizes) or sizes.is_narrow):
         return "cuda"
     if find_spec("flashinfer") is not None and flashinfer.takes(sizes):
         return "fi"

@@ -1,8 +1,9 @@
 """Attention by FlashInfer's kernels, on NVIDIA GPUs. The library shows here and in `flashinfer_kernels`.
 
-Prefill is its `fa3` on Hopper and `fa2` elsewhere; decode its tensor-core kernel. Both plan on the
-host and copy the plan to the device through page-locked memory of their own: the caller lets the
-device take one step's inputs before it plans the next.
+Prefill is its `fa3` on Hopper and `fa2` elsewhere; decode its tensor-core kernel. Neither takes a pool of
+another type than the queries: what a step's chunks read of one is copied to theirs first, a layer at a
+time. Both plan on the host and copy the plan to the device through page-locked memory of their own: the
+caller lets the device take one step's inputs before it plans the next.
 """
 
 from __future__ import annotations
@@ -40,17 +41,21 @@ class FlashInferPrefill:
         _load(backend, sizes)
         self._arguments = _arguments(sizes)
         self._page_size = sizes.layout.page_size
+        self._widen_to = sizes.dtype if sizes.is_narrow else None
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             _workspace(device), "HND", backend=backend
         )
 
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare for `batch`."""
-        host = batch.host
+        host, page_indices = batch.host, batch.page_indices
+        if self._widen_to is not None:
+            self._pages = page_indices[: int(host.page_indptr[-1])].long()
+            page_indices = torch.arange(len(self._pages), dtype=torch.int32, device=page_indices.device)
         self._wrapper.plan(
             host.qo_indptr,
             host.page_indptr,
-            batch.page_indices,
+            page_indices,
             _last_page_lens(host.kv_lens, self._page_size),
             **self._arguments,
             causal=True,
@@ -58,6 +63,8 @@ class FlashInferPrefill:
 
     def run(self, layer: int, q: Tensor, pool: Tensor, out: Tensor) -> None:
         """Attend with the planned batch's tokens."""
+        if self._widen_to is not None:
+            pool, layer = widened_pages(pool, layer, self._pages, self._widen_to), 0
         self._wrapper.run(q, layer_views(pool, layer), out=out)
 
 
@@ -69,6 +76,11 @@ class FlashInferDecode:
 
     def __init__(self, sizes: AttentionSizes, device: torch.device) -> None:
         """Raises ConfigError where FlashInfer is missing or takes no such model."""
+        if sizes.is_narrow:
+            raise ConfigError(
+                "attention_backend fi decodes from KV of the model's type alone, and kv_cache_dtype is fp8; "
+                "use fi,cuda"
+            )
         self._flashinfer = _import(sizes)
         _load(kernels.FA2, sizes)
         arguments = _arguments(sizes)
@@ -113,6 +125,12 @@ class FlashInferDecode:
         return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace, "HND", use_tensor_cores=True, **options
         )
+
+
+def widened_pages(pool: Tensor, layer: int, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """A pool of some pages and one layer of another, its bytes as elements of a wider type."""
+    taken = pool.view(torch.uint8)[:, :, layer][pages]  # as bytes: torch cannot index every narrow type
+    return taken.view(pool.dtype).to(dtype).unsqueeze(2)
 
 
 def takes(sizes: AttentionSizes) -> bool:

@@ -28,6 +28,8 @@ from disagg.parallel import TensorParallel
 from disagg.protocol import KvLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FP8 = "float8_e4m3fn"
+KV_DTYPES = {**DTYPES, FP8: torch.float8_e4m3fn}
 CPU_POOL_BYTES = 1 << 30
 STEP_TOKENS = {"cuda": 1024, "cpu": 256}
 """Few enough for a step to end within a fraction of a second: aborts and decodes wait that long."""
@@ -79,6 +81,7 @@ def load_rank(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched that name no device
     dtype = spec.dtype if model.dtype == "auto" else model.dtype
+    kv_dtype = _pick_kv_dtype(engine, dtype, device)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
     decoder = load_model(
@@ -96,7 +99,7 @@ def load_rank(
         num_kv_heads=spec.num_kv_heads,
         num_layers=spec.num_layers,
         head_dim=spec.head_dim,
-        dtype=dtype,
+        dtype=kv_dtype,
         tp_size=tp.size,
     )
     share = PageLayout.of(layout)
@@ -106,12 +109,13 @@ def load_rank(
         layout=share,
         num_qo_heads=spec.num_heads // tp.size,
         dtype=DTYPES[dtype],
+        kv_dtype=KV_DTYPES[kv_dtype],
         max_rows=engine.max_num_seqs,
         max_page_indices=engine.max_num_seqs * -(-max_model_len // engine.block_size),
     )
     try:
         attention = make_attention(engine.attention_backend, sizes, device, engine.num_threads)
-        pool = _make_pool((num_pages, *share.shape), DTYPES[dtype], device)
+        pool = _make_pool((num_pages, *share.shape), KV_DTYPES[kv_dtype], device)
         runner = _make_runner(decoder, attention, pool, engine, sizes)
     except torch.OutOfMemoryError as error:
         gigabytes = num_pages * share.page_bytes / 1e9
@@ -242,6 +246,19 @@ def pick_max_model_len(model: ModelConfig, spec: ModelSpec, num_pages: int, page
             f"{page_size} tokens; raise kv_cache_memory_bytes"
         )
     return model.max_model_len
+
+
+def _pick_kv_dtype(engine: EngineConfig, dtype: str, device: torch.device) -> str:
+    """The type of KV pages."""
+    if engine.kv_cache_dtype == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise ConfigError("kv_cache_dtype fp8 needs a Hopper GPU, and device is cpu; use auto")
+    if (reason := why_no_cuda_kernels()) is not None:
+        raise ConfigError(f"kv_cache_dtype fp8 needs kernels that do not run here: {reason}; use auto")
+    if dtype == "float32":
+        raise ConfigError("kv_cache_dtype fp8 is for dtype bfloat16 or float16, got float32; use auto")
+    return FP8
 
 
 def _pool_bytes(engine: EngineConfig, spec: ModelSpec, device: torch.device) -> int:

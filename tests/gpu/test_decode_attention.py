@@ -30,6 +30,7 @@ class Case:
     dim: int = 128
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None
     layer: int = 1
     seed: int = 0
     spread: float = 1.0  # of the keys: large ones give scores far apart
@@ -46,7 +47,8 @@ class Case:
         self.page_indices = shuffled[: sum(counts)].int()
         self.lens = _ints(self.kv_lens)
         shape = (num_pages, self.kv_heads, LAYERS, 2, self.page_size, self.dim)
-        self.pool = torch.full(shape, torch.nan, dtype=self.dtype, device="cuda")
+        self.kv_dtype = self.kv_dtype or self.dtype
+        self.pool = torch.full(shape, torch.nan, device="cuda").to(self.kv_dtype)
         for row in range(rows):
             self.fill(row)
         qkv = self.normal(rows, self.heads + 2 * self.kv_heads, self.dim)
@@ -55,7 +57,7 @@ class Case:
         self.out = self.around[1:-1]
         sms = self.num_sms or torch.cuda.get_device_properties("cuda").multi_processor_count
         sizes = (self.heads, self.kv_heads, self.dim, self.page_size, rows + 5)
-        self.attention = DecodeAttention(*sizes, self.dtype, sms)
+        self.attention = DecodeAttention(*sizes, self.dtype, sms, self.kv_dtype)
         # Whatever was there before must not matter.
         num_bytes = self.attention.workspace_bytes()
         self.workspace = torch.full((num_bytes,), 0xA5, dtype=torch.uint8, device="cuda")
@@ -75,8 +77,9 @@ class Case:
         tokens = torch.full(shape, torch.nan, dtype=self.dtype, device="cuda")
         tokens[:, :, :length] = self.normal(2, self.kv_heads, length, self.dim)
         tokens[0] *= self.spread
-        paged = tokens.unflatten(2, (len(pages), self.page_size))
-        self.pool[pages, :, self.layer] = paged.permute(2, 1, 0, 3, 4)
+        paged = tokens.unflatten(2, (len(pages), self.page_size)).to(self.kv_dtype)
+        # As bytes: not every operator takes e4m3.
+        self.pool.view(torch.uint8)[pages, :, self.layer] = paged.permute(2, 1, 0, 3, 4).view(torch.uint8)
 
     def plan(self) -> None:
         stream = torch.cuda.current_stream().cuda_stream
@@ -93,7 +96,8 @@ class Case:
         for row, length in enumerate(self.kv_lens):
             if length == 0:
                 continue
-            tokens = self.pool[self.pages(row), :, self.layer].permute(2, 1, 0, 3, 4).flatten(2, 3)
+            pages = self.pool.view(torch.uint8)[self.pages(row), :, self.layer].contiguous()
+            tokens = pages.view(self.kv_dtype).float().permute(2, 1, 0, 3, 4).flatten(2, 3)
             k, v = tokens[:, :, :length].double().repeat_interleave(group, 1)
             scores = torch.einsum("hd,htd->ht", self.q[row].double(), k) / self.dim**0.5
             result[row] = torch.einsum("ht,htd->hd", scores.softmax(-1), v)
@@ -139,6 +143,17 @@ def test_every_group_and_length_agrees_with_float64(group: int, dim: int) -> Non
 def test_page_sizes_and_types_agree_with_float64(page_size: int, dtype: torch.dtype) -> None:
     for dim in (64, 128):
         case = Case(kv_lens=UNEVEN, page_size=page_size, dtype=dtype, dim=dim, seed=page_size)
+        case.plan()
+        case.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_kv_of_e4m3_agrees_with_float64(group: int, dtype: torch.dtype) -> None:
+    for page_size in (16, 64):
+        sizes = {"heads": 3 * group, "kv_heads": 3, "page_size": page_size, "layer": group % LAYERS}
+        case = Case(kv_lens=UNEVEN, dtype=dtype, kv_dtype=torch.float8_e4m3fn, seed=group, **sizes)
+        assert case.attention.is_fast
         case.plan()
         case.check()
 
@@ -193,16 +208,19 @@ def test_scores_far_apart_agree_with_float64() -> None:
 def test_other_shapes_agree_with_float64(
     heads: int, kv_heads: int, dim: int, page_size: int, dtype: torch.dtype
 ) -> None:
-    case = Case(kv_lens=UNEVEN, heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
-    assert case.attention.workspace_bytes() == 0
-    case.plan()
-    case.check()
+    for kv_dtype in (None, torch.float8_e4m3fn):
+        shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "page_size": page_size}
+        case = Case(kv_lens=UNEVEN, dtype=dtype, kv_dtype=kv_dtype, **shape)
+        assert case.attention.workspace_bytes() == 0
+        case.plan()
+        case.check()
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("kv_lens", [UNEVEN, [9000], [300] * 200], ids=["uneven", "one", "many"])
-def test_a_hundred_runs_are_equal_bit_by_bit(kv_lens: list[int]) -> None:
+def test_a_hundred_runs_are_equal_bit_by_bit(kv_lens: list[int], kv_dtype: torch.dtype) -> None:
     """Pieces arrive in any order and are merged in one."""
-    case = Case(kv_lens=kv_lens)
+    case = Case(kv_lens=kv_lens, kv_dtype=kv_dtype)
     case.plan()
     case.check()
     first = case.out.clone()

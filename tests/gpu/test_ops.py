@@ -161,6 +161,30 @@ def _twice_rounded(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return ((wide * factor).to(dtype).double() * weight.double()).to(dtype)
 
 
+@TYPES
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_rope_stores_e4m3_as_torch_rounds_it(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """And the largest value in place of what is more, which torch makes NaN."""
+    heads, kv_heads, dim, rotary = shape
+    tokens, layer, narrow = 37, 1, torch.float8_e4m3fn
+    joint = random(tokens, heads + 2 * kv_heads, dim, dtype=dtype, seed=dim) * 300
+    q, k, v = joint.split([heads, kv_heads, kv_heads], 1)
+    pool = torch.full((4, kv_heads, 2, 2, 16, dim), torch.nan, device="cuda").to(narrow)
+    where = torch.arange(tokens, dtype=torch.int32, device="cuda")
+    pages, offsets = where // 16 + 1, where % 16
+    cos_sin = cos_sin_cache(RopeSpec(), rotary, tokens, torch.device("cuda"))
+    want_q = rotated(q, cos_sin, where)
+    ops.rope_and_store(q, k, v, where, cos_sin, pool, layer, pages, offsets)
+    assert_near("rope_and_store", q, want_q, want_q.abs().amax(-1, keepdim=True))
+    stored, slots = pool.view(torch.uint8), (pages.long(), slice(None), layer)
+    for kind, x in enumerate((k, v)):
+        assert x.abs().max() > 448
+        want = x.float().clamp(-448, 448).to(narrow).view(torch.uint8)
+        assert torch.equal(stored[(*slots, kind, offsets.long())], want)
+    stored[(*slots, slice(None), offsets.long())] = 0x7F
+    assert (stored == 0x7F).all(), "bytes of others"
+
+
 def test_rope_takes_wide_positions() -> None:
     q, k, v = random(4, 6, 64, dtype=torch.bfloat16, seed=1).split([2, 2, 2], 1)
     pool = torch.zeros(2, 2, 1, 2, 16, 64, dtype=torch.bfloat16, device="cuda")

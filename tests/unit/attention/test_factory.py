@@ -4,7 +4,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from disagg.attention import AttentionBackend, AttentionSizes, factory, make_attention
+from disagg.attention import AttentionBackend, AttentionSizes, factory, flashinfer, make_attention
 from disagg.attention.cuda import is_fast
 from disagg.errors import ConfigError
 from disagg.kv.layout import PageLayout
@@ -89,7 +89,29 @@ def test_the_fast_decode_kernel_knows_its_sizes(heads: int, changes: dict[str, i
     sizes = AttentionSizes(layout=PageLayout(**shape), num_qo_heads=heads, dtype=torch.bfloat16, max_rows=8)
     assert is_fast(sizes) is fast
     assert not is_fast(replace(sizes, dtype=torch.float32))
+    assert is_fast(replace(sizes, kv_dtype=torch.float8_e4m3fn)) is fast
     assert not is_fast(replace(sizes, max_rows=1 << 20)), "more rows than it takes"
+
+
+def test_a_pool_of_another_type_is_decoded_by_the_kernel_that_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(factory, "why_no_cuda_kernels", lambda: None)
+    monkeypatch.setattr(factory, "find_spec", lambda name: object())
+    monkeypatch.setattr(factory, "is_fast", lambda sizes: False)
+    layout, narrow = PageLayout(16, 1, 1, 64, 1), torch.float8_e4m3fn
+    sizes = AttentionSizes(layout=layout, num_qo_heads=4, dtype=torch.bfloat16, kv_dtype=narrow)
+    assert factory._pick("auto", "decode", torch.device("cuda"), sizes) == "cuda"
+    assert factory._pick("auto", "prefill", torch.device("cuda"), sizes) == "fi"
+    with pytest.raises(ConfigError, match="kv_cache_dtype is fp8; use fi,cuda"):
+        flashinfer.FlashInferDecode(sizes, torch.device("cuda"))
+
+
+def test_pages_of_a_narrow_pool_are_widened_in_the_order_asked_for() -> None:
+    values = torch.randn(5, 2, 3, 2, 16, 8).to(torch.float8_e4m3fn)
+    wide = flashinfer.widened_pages(values, 1, torch.tensor([3, 0, 3]), torch.bfloat16)
+    assert wide.dtype == torch.bfloat16
+    assert torch.equal(wide[:, :, 0].float(), values.float()[[3, 0, 3], :, 1])
 
 
 @pytest.mark.parametrize("fast", [True, False])
