@@ -1,5 +1,7 @@
 // Decode attention with times of each warp, and kernels that only read. Compiled and loaded by decode_trace.py.
 #define DISAGG_DECODE_TRACE
+#include <cuda.h>
+
 #include <initializer_list>
 
 #include "cuda/decode_attention.cu"

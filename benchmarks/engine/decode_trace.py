@@ -55,12 +55,9 @@ READS = (
     Read(HALVES, 256, evict_first=False),
     Read(HALVES, 128),
     Read(HALVES, 0),
-    Read(IN_ORDER, 256),
     Read(IN_ORDER, 0),
-    Read(IN_ORDER, 0, evict_first=False),
     Read(EIGHTS, 0),
     Read(WHOLE, 0),
-    Read(PLAIN, evict_first=False),
     Read(PLAIN),
     Read(PLAIN, by_counter=True),
     Read(PLAIN, stages=2),
@@ -203,8 +200,8 @@ def print_trace(records: Tensor) -> None:
     ends = by_block[..., 3]
     idle = (ends.amax(1, True) - ends).mean()
     print(f"  idle after its last unit until the launch's last: {idle:.1f} a block")
-    starts = by_block[..., 0]
-    late = (ends - starts) - (ends - starts).mean(1, True)
+    taken = ends - by_block[..., 1]
+    late = taken - taken.mean(1, True)
     sms = records[:, :, 0, -1]
     num_sms = int(sms.max()) + 1
     count = torch.zeros(num_sms, dtype=torch.float64).index_add_(

@@ -1,6 +1,6 @@
 // See decode_attention.h for what, decode_division.h for who does which part.
 //
-// Every warp has a ring of stages in shared memory, loads its units by TMA and consumes them itself:
+// Every warp has a ring of stages in shared memory, loads its units by bulk copies and consumes them itself:
 // no barrier between warps until the end. 192 KB an SM are in flight, six times what 4.3 TB/s and 1 us
 // of latency need, so that a warp may stop for a new row's query (about 1 us) with its loads still
 // running: its fair share is one unit of 8 KB in 2 us, of which computing takes about a sixth.
@@ -8,13 +8,17 @@
 //   S^T [16 tokens, 8 heads] = K [16, d] Q^T [d, 8]        m16n8k16; query heads padded to 8
 //   O^T [d, 8 heads]        += V^T [d, 16] P^T [16, 8]
 //
-// A unit lies in shared memory as [k/v][d / 64][token][64], each row of 128 bytes swizzled by TMA, so
-// that ldmatrix has no bank conflict. A row's maximum is raised only when a score exceeds it by 2^8.
+// A unit lies in shared memory as in the pool, [k/v][token][d]: one copy in order of address, and no tensor
+// map, which would swizzle it on its way and is 1.5 % slower (and 10 % where it promotes loads to 256 bytes
+// of L2). So equal chunks of 16 bytes of all tokens have the same banks, and lanes that would meet there take
+// each other's chunks first: of K, odd rows load the second four chunks before the first; of V, token t the
+// chunk i ^ t in step i. Selects and byte permutes then put each chunk where its factor wants it. The terms
+// of a product of Q and K are taken in an order in which a lane's 16 bytes stay together. A row's maximum is
+// raised only when a score exceeds it by 2^8.
 //
-// E4M3 is widened in registers to float16, which is exact, and multiplied as such: a row of 128 bytes is
-// then 128 elements, and what ldmatrix takes for an element of 16 bits is two neighbours. Of K they stay
-// neighbours, for the order in which a product's terms are added is free, if the query's is the same; of V
-// the even ones become the first eight rows of a factor, the odd ones the others.
+// E4M3 is widened in registers to float16, which is exact, and multiplied as such; what ldmatrix takes for
+// an element of 16 bits is two neighbours: the even ones become the first eight rows of a factor, the odd
+// ones the others.
 //
 // A warp that has a whole (row, head) writes it. Pieces of several warps are merged in the CTA at its
 // end. A CTA's part of what crosses CTAs is left in the workspace as soon as it is complete: what an
@@ -22,8 +26,6 @@
 // and mostly waits for nobody: the next CTA has long left its part. Always in the order of the tokens,
 // so that it does not matter who merges.
 #include "cuda/decode_attention.h"
-
-#include <cuda.h>
 
 #include <algorithm>
 #include <bit>
@@ -44,7 +46,6 @@ using std::uint64_t;
 
 constexpr int kThreads = 32 * kDecodeWarps;
 constexpr int kHeads = 8;      // query heads of a KV head, padded
-constexpr int kRowBytes = 128;  // of a swizzled row in shared memory
 constexpr int kPieces = 2;     // unfinished ones of a warp or a CTA
 constexpr int kAtOnce = 8;     // parts of CTAs whose loads are on their way together
 constexpr float kRaiseAt = 8;  // log2 by which a score may exceed the maximum that it is taken relative to
@@ -78,23 +79,26 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
   } while (done == 0);
 }
 
-// One box of the tensor map to shared memory; KV is read once, so it goes from L2 first.
-__device__ __forceinline__ void load_unit(uint32_t to, const CUtensorMap* map, int token, int run, uint32_t barrier,
-                                          uint32_t bytes) {
-  constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// KV is read once, so it goes from L2 first.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const char* from, uint32_t bytes, uint32_t barrier) {
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000;
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3, %2, %2, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(0), "r"(token), "r"(run), "r"(barrier), "l"(kEvictFirst)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+__device__ __forceinline__ uint4 load_chunk(uint32_t from) {
+  uint4 chunk;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
                : "r"(from)
                : "memory");
+  return chunk;
 }
 
 __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t from) {
@@ -275,16 +279,19 @@ struct Params {
   const int* kv_lens;
   int rows, num_heads, num_kv_heads, group, num_layers, layer;
   int page_shift;  // log2 of units a page
+  const char* pool;
+  int64_t run_bytes;  // one layer of one head of one page: K, then V
   float scale;     // of scores, to base 2
 };
 
 template <class Kv, int kDim>
 struct Layout {
-  static constexpr int kUnitBytes = 2 * kUnitTokens * kDim * static_cast<int>(sizeof(Kv));
+  static constexpr int kTokenBytes = kDim * static_cast<int>(sizeof(Kv));  // of K, as of V
+  static constexpr int kUnitBytes = 2 * kUnitTokens * kTokenBytes;
   static constexpr int kStages = 24 * 1024 / kUnitBytes;  // of a warp
   static constexpr int kRow = kDim + 4;                   // padded: a fragment's stores meet no bank twice
 
-  alignas(1024) unsigned char ring[kDecodeWarps][kStages][kUnitBytes];
+  alignas(128) unsigned char ring[kDecodeWarps][kStages][kUnitBytes];
   float2 weights[kDecodeWarps][kPieces][kHeads];
   DecodePiece pieces[kDecodeWarps][kPieces];
   uint64_t barriers[kDecodeWarps][kStages];
@@ -307,8 +314,8 @@ struct Layout {
 template <class Shared>
 class Loads {
  public:
-  __device__ Loads(const Params& p, const CUtensorMap* map, const DecodeStart& start, uint32_t ring, uint32_t barriers)
-      : p_(p), map_(map), ring_(ring), barriers_(barriers), row_(start.row), entry_(start.entry), head_(start.head),
+  __device__ Loads(const Params& p, const DecodeStart& start, uint32_t ring, uint32_t barriers)
+      : p_(p), ring_(ring), barriers_(barriers), row_(start.row), entry_(start.entry), head_(start.head),
         unit_(start.unit), left_(start.count) {
     if (left_ == 0) return;
     following_ = load_record(p_.space.rows + entry_ + 1);
@@ -325,11 +332,15 @@ class Loads {
   __device__ void issue(int stage) {
     const int page = unit_ >> p_.page_shift;
     const int id = __shfl_sync(kAll, pages_, page - window_);
-    if (threadIdx.x % 32 == 0) {
+    const uint32_t barrier = barriers_ + stage * 8, lane = threadIdx.x % 32;
+    if (lane == 0) expect_bytes(barrier, Shared::kUnitBytes);
+    const uint32_t copies = p_.page_shift == 0 ? 1 : 2;  // K and V are neighbours, or not
+    if (lane < copies) {
+      const int64_t run = static_cast<int64_t>(id * p_.num_kv_heads + head_) * p_.num_layers + p_.layer;
       const int token = (unit_ & ((1 << p_.page_shift) - 1)) * kUnitTokens;
-      load_unit(ring_ + stage * Shared::kUnitBytes, map_, token,
-                (id * p_.num_kv_heads + head_) * p_.num_layers + p_.layer, barriers_ + stage * 8,
-                Shared::kUnitBytes);
+      copy_bulk(ring_ + stage * Shared::kUnitBytes + lane * (Shared::kUnitBytes / 2),
+                p_.pool + run * p_.run_bytes + lane * (p_.run_bytes / 2) + token * Shared::kTokenBytes,
+                Shared::kUnitBytes / copies, barrier);
     }
     if (--left_ > 0) step();
   }
@@ -366,35 +377,50 @@ class Loads {
   }
 
   const Params& p_;
-  const CUtensorMap* map_;
   uint32_t ring_, barriers_;
   DecodeRow row_, following_{};
   int entry_, head_, unit_, left_;
   int window_ = 0, pages_ = 0, pages_ahead_ = 0;
 };
 
-// A warp's fragment addresses in a stage: relative to it, for the first row of each token.
+// Where in a stage a lane's loads are: those of its first 128 bytes of a token, and of tokens 0 to 7 of K.
+// Row and column of a factor's fragment are lane / 4 and lane % 4.
 struct Fragments {
-  uint32_t k[4], v[4];
+  uint32_t k[2], v[4];
+  bool is_odd;       // its row of K
+  bool has_bits[2];  // 1 and 2 of a chunk's number in V that its tokens, 2 * (lane % 4) and the next, turn
+
   template <class Shared>
   static __device__ Fragments of(int lane) {
     Fragments result;
-    const int k_token = lane % 16, k_chunk = lane / 16;
-    const int v_token = lane % 8 + lane / 16 * 8, v_chunk = lane / 8 % 2;
+    result.is_odd = lane / 4 % 2 != 0;
+    result.k[0] = lane / 4 * Shared::kTokenBytes + lane % 4 * 16 + (result.is_odd ? 64 : 0);
+    result.k[1] = result.k[0] ^ 64;
+    const int token = lane % 8 + lane / 16 * 8, turned = lane / 8 % 2 ^ lane % 8;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      result.k[i] = k_token * kRowBytes + (((2 * i + k_chunk) ^ (lane % 8)) << 4);
-      result.v[i] = Shared::kUnitBytes / 2 + v_token * kRowBytes + (((2 * i + v_chunk) ^ (lane % 8)) << 4);
-    }
+    for (int i = 0; i < 4; ++i)
+      result.v[i] = Shared::kUnitBytes / 2 + token * Shared::kTokenBytes + ((2 * i ^ turned) << 4);
+    result.has_bits[0] = lane % 2 != 0;
+    result.has_bits[1] = lane / 2 % 2 != 0;
     return result;
   }
 };
+
+__device__ __forceinline__ void swap_if(bool condition, uint32_t& a, uint32_t& b) {
+  const uint32_t first = condition ? b : a, second = condition ? a : b;
+  a = first, b = second;
+}
+
+__device__ __forceinline__ void swap_if(bool condition, uint4& a, uint4& b) {
+  swap_if(condition, a.x, b.x), swap_if(condition, a.y, b.y);
+  swap_if(condition, a.z, b.z), swap_if(condition, a.w, b.w);
+}
 
 // What is known of a (row, head) after some of its tokens. A lane has heads 2 * (lane % 4) and the next.
 template <class T, class Kv, int kDim>
 struct State {
   static constexpr bool kIsNarrow = sizeof(Kv) == 1;
-  static constexpr int kMatrices = kDim * static_cast<int>(sizeof(Kv)) / 32;  // loads of four, of K as of V
+  static constexpr int kTokenBytes = Layout<Kv, kDim>::kTokenBytes;
   static constexpr int kPitch = Layout<Kv, kDim>::kRow;
   using Factors = Math<std::conditional_t<kIsNarrow, __half, T>>;
 
@@ -412,16 +438,32 @@ struct State {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     float even[4] = {}, odd[4] = {};
 #pragma unroll
-    for (int i = 0; i < kMatrices; ++i) {
-      uint32_t k[4];
-      load_matrices(k, stage + at.k[i % 4] + i / 4 * (kUnitTokens * kRowBytes));
-      if constexpr (kIsNarrow) {
-        const uint32_t first[4] = {widened(k[0], 0), widened(k[1], 0), widened(k[0], 1), widened(k[1], 1)};
-        const uint32_t second[4] = {widened(k[2], 0), widened(k[3], 0), widened(k[2], 1), widened(k[3], 1)};
-        Factors::multiply_add(even, first, q[2 * i][0], q[2 * i][1]);
-        Factors::multiply_add(odd, second, q[2 * i + 1][0], q[2 * i + 1][1]);
-      } else {
-        Factors::multiply_add(i % 2 == 0 ? even : odd, k, q[i][0], q[i][1]);
+    for (int base = 0; base < kTokenBytes; base += 128) {
+      uint4 k[2][2];  // tokens and the eight after, chunks and the four after
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) k[i][j] = load_chunk(stage + at.k[j] + i * 8 * kTokenBytes + base);
+        swap_if(at.is_odd, k[i][0], k[i][1]);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t low[4] = {k[0][j].x, k[0][j].y, k[0][j].z, k[0][j].w};
+        const uint32_t high[4] = {k[1][j].x, k[1][j].y, k[1][j].z, k[1][j].w};
+        const auto* terms = q + (base / 64 + j) * (kIsNarrow ? 4 : 2);
+        if constexpr (kIsNarrow) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t a[4] = {widened(low[i], 0), widened(high[i], 0), widened(low[i], 1), widened(high[i], 1)};
+            Factors::multiply_add(i % 2 == 0 ? even : odd, a, terms[i][0], terms[i][1]);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
+            Factors::multiply_add(i % 2 == 0 ? even : odd, a, terms[i][0], terms[i][1]);
+          }
+        }
       }
     }
     float s[4];
@@ -442,23 +484,43 @@ struct State {
     const auto mask = [valid](int token) {
       return (token < valid ? 0x0000ffffu : 0u) | (token + 1 < valid ? 0xffff0000u : 0u);
     };
+    constexpr uint32_t kFirstOfBoth = kIsNarrow ? 0x7160 : 0x7610;  // of E4M3 then the evens before the odds
 #pragma unroll
-    for (int i = 0; i < kMatrices; ++i) {
-      uint32_t v[4];
-      load_transposed(v, stage + at.v[i % 4] + i / 4 * (kUnitTokens * kRowBytes));
-      if (kPartial) {
-        v[0] &= mask(column), v[1] &= mask(column);
-        v[2] &= mask(column + 8), v[3] &= mask(column + 8);
+    for (int base = 0; base < kTokenBytes; base += 128) {
+      uint32_t v[2][8];  // of tokens and the eight after: chunks
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t pair[4];
+        load_transposed(pair, stage + at.v[i] + base);
+        if (kPartial) {
+          pair[0] &= mask(column), pair[1] &= mask(column);
+          pair[2] &= mask(column + 8), pair[3] &= mask(column + 8);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          v[j][2 * i] = __byte_perm(pair[2 * j], pair[2 * j + 1], kFirstOfBoth);
+          v[j][2 * i + 1] = __byte_perm(pair[2 * j + 1], pair[2 * j], kFirstOfBoth);
+        }
       }
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int bit = 2; bit < 8; bit *= 2)
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if ((i & bit) == 0) swap_if(at.has_bits[bit / 4], v[j][i], v[j][i | bit]);
       if constexpr (kIsNarrow) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {  // of two tokens' two neighbours: the first of both, then the second
-          const uint32_t low = __byte_perm(v[j], 0, 0x3120), high = __byte_perm(v[j + 2], 0, 0x3120);
-          const uint32_t a[4] = {widened(low, 0), widened(low, 1), widened(high, 0), widened(high, 1)};
-          Factors::multiply_add(sums[2 * i + j], a, b0, b1);
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t a[4] = {widened(v[0][i], 0), widened(v[0][i], 1), widened(v[1][i], 0), widened(v[1][i], 1)};
+          Factors::multiply_add(sums[base / 16 + i], a, b0, b1);
         }
       } else {
-        Factors::multiply_add(sums[i], v, b0, b1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t a[4] = {v[0][2 * i], v[0][2 * i + 1], v[1][2 * i], v[1][2 * i + 1]};
+          Factors::multiply_add(sums[base / 32 + i], a, b0, b1);
+        }
       }
     }
   }
@@ -535,16 +597,14 @@ template <class T, class Kv, int kDim>
 __device__ __forceinline__ void load_query(uint32_t (&q)[kDim / 16][2], const char* from, int group) {
   const int head = threadIdx.x % 32 / 4, lane = threadIdx.x % 4;
   from += head * kDim * 2;
+  constexpr int kPacks = 2 / static_cast<int>(sizeof(Kv));  // of 8 elements, that a chunk of K has
 #pragma unroll
-  for (int i = 0; i < kDim / 16; ++i) {
-    if constexpr (sizeof(Kv) == 1) {
-      const uint2 items = head < group ? __ldcg(reinterpret_cast<const uint2*>(from + i * 32 + lane * 8)) : uint2{};
-      q[i][0] = to_halves<T>(items.x), q[i][1] = to_halves<T>(items.y);
-    } else {
+  for (int i = 0; i < kDim / 32; ++i) {  // a lane has the elements of every fourth chunk
+    const int pack = (i / kPacks * 4 + lane) * kPacks + i % kPacks;
+    const uint4 items = head < group ? __ldcg(reinterpret_cast<const uint4*>(from + pack * 16)) : uint4{};
+    const uint32_t pairs[4] = {items.x, items.y, items.z, items.w};
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        q[i][j] = head < group ? __ldcg(reinterpret_cast<const uint32_t*>(from + i * 32 + j * 16 + lane * 4)) : 0;
-    }
+    for (int j = 0; j < 4; ++j) q[2 * i + j / 2][j % 2] = sizeof(Kv) == 1 ? to_halves<T>(pairs[j]) : pairs[j];
   }
 }
 
@@ -593,8 +653,8 @@ __device__ __forceinline__ void copy_past_l1(float (&to)[kWidth], const float* f
 
 template <class T, class Kv, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
-    decode_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ Params p) {
-  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    decode_kernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
   using Shared = Layout<Kv, kDim>;
   using Result = Merged<T, kDim>;
   constexpr int kWidth = Result::kWidth;
@@ -605,7 +665,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   let_next_kernel_start();
   Trace trace(p.layer, cta, warp);
-  if (lane == 0) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
   const DecodeStart start = load_record(p.space.starts + cta * kDecodeWarps + warp);
   const uint32_t ring = shared_address(&shared.ring[warp][0][0]);
   const uint32_t barriers = shared_address(&shared.barriers[warp][0]);
@@ -617,7 +676,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncwarp();
 
   const int own = cta * kDecodeWarps + warp, own_kv_len = own < p.rows ? __ldcg(p.kv_lens + own) : 0;
-  Loads<Shared> loads(p, &map, start, ring, barriers);
+  Loads<Shared> loads(p, start, ring, barriers);
   int loaded = 0;
   for (; loaded < Shared::kStages && loads.pending() && !loads.is_newest(); ++loaded) loads.issue(loaded);
   wait_for_earlier_kernels();
@@ -848,46 +907,17 @@ __global__ void __launch_bounds__(32) plain_kernel(const __grid_constant__ Plain
 
 // ---- host ----
 
-// A pool as [run, k/v, rows of 128 bytes of a token, token, a row], a run being one layer of one head of one page. A box
-// is 16 tokens of a run. Encoded by the driver, which this asks for at run time instead of linking it.
-cudaError_t encode(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, CUtensorMap* map) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess) return error;
-  if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const auto item = static_cast<cuuint64_t>(shape.kv_bytes()), dim = static_cast<cuuint64_t>(shape.head_dim);
-  const auto page = static_cast<cuuint64_t>(shape.page_size), tile = kRowBytes / item;
-  const auto runs = static_cast<cuuint64_t>(run.num_pages) * static_cast<cuuint64_t>(shape.num_kv_heads) *
-                    static_cast<cuuint64_t>(run.num_layers);
-  const cuuint64_t sizes[] = {tile, page, dim / tile, 2, runs};
-  const cuuint64_t strides[] = {dim * item, kRowBytes, page * dim * item, page * dim * item * 2};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(tile), kUnitTokens, static_cast<cuuint32_t>(dim / tile), 2, 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1, 1};
-  const auto type = item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
-  const auto encode_tiled = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  const CUresult status =
-      encode_tiled(map, type, 5, const_cast<void*>(run.pool), sizes, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 float scale_of(const DecodeAttention::Shape& shape) {
   return std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(shape.head_dim));
 }
 
 template <class T, class Kv, int kDim>
 cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention::Run& run, cudaStream_t stream) {
-  CUtensorMap map;
-  cudaError_t error = encode(shape, run, &map);
-  if (error != cudaSuccess) return error;
   static_assert(Layout<Kv, kDim>::bytes(kHeads) <= 227 * 1024);
   // With fewer heads there is room for blocks of the kernel before, each of which takes a KB at least.
   const std::size_t bytes = Layout<Kv, kDim>::bytes(shape.group());
-  error = cudaFuncSetAttribute(decode_kernel<T, Kv, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes));
+  const cudaError_t error = cudaFuncSetAttribute(
+      decode_kernel<T, Kv, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const Params params{.space = Workspace(shape, run.workspace),
                       .q = static_cast<const char*>(run.q),
@@ -903,12 +933,14 @@ cudaError_t run_fast(const DecodeAttention::Shape& shape, const DecodeAttention:
                       .num_layers = run.num_layers,
                       .layer = run.layer,
                       .page_shift = std::countr_zero(static_cast<unsigned>(shape.page_size / kUnitTokens)),
+                      .pool = static_cast<const char*>(run.pool),
+                      .run_bytes = int64_t{2} * shape.page_size * shape.head_dim * shape.kv_bytes(),
                       .scale = scale_of(shape)};
   const Launch how{.blocks = static_cast<unsigned>(shape.num_sms),
                    .threads = kThreads,
                    .stream = stream,
                    .shared_bytes = static_cast<unsigned>(bytes)};
-  return launch(decode_kernel<T, Kv, kDim>, how, map, params);
+  return launch(decode_kernel<T, Kv, kDim>, how, params);
 }
 
 template <class T, class Kv>
