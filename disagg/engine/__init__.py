@@ -7,7 +7,7 @@ imported by name. Read `scheduler.py` first, then `plan.py`, what it tells the r
 
 from disagg.engine.admission import Limits
 from disagg.engine.engine import Engine, Runner
-from disagg.engine.plan import SamplePlan, StepPlan
+from disagg.engine.plan import SamplePlan, StepPlan, StepRetired
 from disagg.engine.request import (
     Added,
     ChunkDone,
@@ -37,4 +37,5 @@ __all__ = [
     "SequenceOutput",
     "StepOutput",
     "StepPlan",
+    "StepRetired",
 ]

@@ -6,6 +6,7 @@
 `build_engine` does both for a group of one.
 """
 
+import os
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from disagg.errors import ConfigError
 from disagg.kv import KvCache, PageLayout
 from disagg.layers.kernels import why_no_cuda_kernels
 from disagg.models import Decoder, ModelSpec, check_tensor_parallel, load_model, load_spec
+from disagg.nccl import MULTI_RANK
 from disagg.parallel import TensorParallel
 from disagg.protocol import KvLayout
 
@@ -60,6 +62,7 @@ def load_rank(
     engine: EngineConfig,
     *,
     tp: TensorParallel | None = None,
+    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rank:
     """Load one rank's weights and make its KV pool. Sets torch's thread count for this process.
@@ -68,6 +71,7 @@ def load_rank(
         model: Which model.
         engine: `tensor_parallel_size` must be the group's.
         tp: This rank's group, joined; None is a group of one.
+        device: Where this rank runs, by default where `pick_device` puts the only rank.
         progress: Told (bytes placed, bytes in all) while weights load.
 
     Raises:
@@ -77,7 +81,7 @@ def load_rank(
     files = resolve(model.model, config_only=model.load_format == "dummy")
     spec = load_spec(files.path)
     check_tensor_parallel(spec, tp.size)
-    device = pick_device(model.device, tp.rank)
+    device = device or pick_device(model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched that name no device
     dtype = spec.dtype if model.dtype == "auto" else model.dtype
@@ -139,7 +143,7 @@ def load_rank(
 def _make_runner(
     decoder: Decoder, attention: AttentionBackend, pool: Tensor, engine: EngineConfig, sizes: AttentionSizes
 ) -> Runner:
-    if decoder.device.type == "cpu" or decoder.tp.size > 1 or why_no_cuda_kernels() is not None:
+    if decoder.device.type == "cpu" or why_no_cuda_kernels() is not None:
         return ModelRunner(decoder, attention, pool, engine.block_size)
     from disagg.engine.cuda_runner import CudaRunner
 
@@ -174,7 +178,7 @@ def make_engine(
     """
     runner = rank.runner
     return Engine(
-        runner=runner if runner.depth else LeadingRunner(runner, engine.max_num_seqs, send),
+        runner=LeadingRunner(runner, engine.max_num_seqs, send) if send or not runner.depth else runner,
         cache=KvCache.make(rank.num_pages, engine.block_size, engine.prefix_cache),
         limits=Limits(
             max_num_seqs=engine.max_num_seqs,
@@ -204,15 +208,25 @@ def build_engine(
     return make_engine(load_rank(model, engine, progress=progress), engine)
 
 
-def pick_device(name: str, rank: int) -> torch.device:
-    """Where one rank runs: its own GPU where `auto` finds any, else the CPU."""
+def pick_device(name: str, rank: int = 0, ranks_here: int = 1) -> torch.device:
+    """Where one rank runs: its own GPU where `auto` finds any, else the CPU.
+
+    Args:
+        name: `ModelConfig.device`.
+        rank: Of the whole group.
+        ranks_here: On this node; every node has as many, in order.
+
+    Raises:
+        ConfigError: there are too few GPUs here.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(f"device = {name!r}, but torch finds no GPU here")
-    if rank >= torch.cuda.device_count():
-        raise ConfigError(f"rank {rank} has no GPU: torch finds {torch.cuda.device_count()}")
-    return torch.device("cuda", rank)
+    num_gpus = torch.cuda.device_count()
+    if ranks_here > num_gpus and os.environ.get(MULTI_RANK) != "1":
+        raise ConfigError(f"{ranks_here} ranks on one node need as many GPUs, but torch finds {num_gpus}")
+    return torch.device("cuda", rank % num_gpus)
 
 
 def pick_step_tokens(engine: EngineConfig, device: torch.device) -> int:

@@ -2,12 +2,16 @@
 
 The host is one step ahead. A step's inputs are one copy to the device; a token that a step in
 flight will sample stays there, in `last_tokens`, by slot.
+
+Of several ranks each runs the same plans, sums between them included in the graphs. Rank 0 samples and
+hands its `last_tokens` to the others: they cannot differ by a tie or the order of a sum.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -106,6 +110,7 @@ class CudaRunner:
             torch.zeros(max_num_seqs, dtype=torch.int32).pin_memory() for _ in range(self.depth + 1)
         ]
         self._num_launched = 0
+        self._launched: deque[tuple[int, torch.cuda.Event]] = deque(maxlen=self.depth + 1)
         self._taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
         """The device has taken the last step's inputs and plan: page-locked memory may be written again."""
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -114,31 +119,44 @@ class CudaRunner:
         self._sizes = graph_sizes(max_num_seqs)
         torch.cuda.synchronize(device)
         started_at = time.monotonic()
-        self.launch(_FIRST_STEP)()
+        self.launch(_FIRST_STEP)
+        self._stream.synchronize()  # as long as it takes, for another rank may be compiling
+        self._launched.clear()
         log.info("first step run seconds=%.1f", time.monotonic() - started_at)
         if attention.capturable:
             self._capture()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Sampled:
-        """Begin one step. Ask for its tokens before the launch after next, which takes their place."""
+        """Begin one step. Ask for its tokens before the launch after next, which takes their place.
+
+        Ranks other than 0 have none. Asked for them, rank 0 raises `WorkerLost` where another is gone.
+        """
         with torch.cuda.stream(self._stream):
             self._taken.synchronize()
             if self._graphs and plan.num_rows == plan.num_decodes:
                 self._replay(plan)
             else:
                 self._run(plan)
-            return self._read_back(plan.num_samples)
+            return self._read_back(plan)
 
-    def _read_back(self, num_samples: int) -> Sampled:
+    def wait(self, step: int) -> None:
+        """Wait until a step has ended on this rank's GPU; one that is not remembered has."""
+        for number, done in self._launched:
+            if number == step:
+                done.synchronize()
+
+    def _read_back(self, plan: StepPlan) -> Sampled:
+        num_samples = plan.num_samples
         result = self._results[self._num_launched % len(self._results)]
         self._num_launched += 1
         result[:num_samples].copy_(self._tokens[:num_samples], non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
+        self._launched.append((plan.step, done))
 
         def sampled() -> list[int]:
-            done.synchronize()
+            self._decoder.tp.wait(done)
             tokens: list[int] = result[:num_samples].tolist()
             return tokens
 
@@ -168,7 +186,9 @@ class CudaRunner:
                 self._attention.plan(batch)
                 self._decode(batch)  # what is made at first use must not be made in a capture
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                # Other threads, NCCL's among them, may call CUDA meanwhile.
+                mode = {"capture_error_mode": "thread_local"}
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, **mode):
                     self._decode(batch)
                 self._graphs[size] = _Graph(graph, batch)
             self._stream.synchronize()
@@ -229,5 +249,8 @@ class CudaRunner:
             self._sample(logits, _Draws.of(inputs, inputs["sampled"]))
 
     def _sample(self, logits: Tensor, draws: _Draws) -> None:
-        out = self._tokens[: len(draws.slots)]
-        cuda_ops.sample(logits, *draws, out, self._last_tokens)
+        tp = self._decoder.tp
+        if tp.rank == 0:
+            out = self._tokens[: len(draws.slots)]
+            cuda_ops.sample(logits, *draws, out, self._last_tokens)
+        tp.broadcast(self._last_tokens)

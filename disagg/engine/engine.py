@@ -29,6 +29,10 @@ class Runner(Protocol):
         """Begin one step; its tokens may be PENDING in the plans that follow."""
         ...
 
+    def wait(self, step: int) -> None:
+        """Wait until a step has ended on this rank, which rank 0 has retired or is about to."""
+        ...
+
 
 class _Flight(NamedTuple):
     plan: StepPlan

@@ -66,6 +66,12 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="step"):
         return len(self.samples.rows) // 4
 
 
+class StepRetired(Struct, frozen=True, array_like=True, tag="retired"):
+    """Rank 0 has seen the end of a step, on its own device."""
+
+    step: int
+
+
 Int32s = NDArray[np.int32]
 
 

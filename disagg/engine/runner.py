@@ -43,3 +43,6 @@ class ModelRunner:
             return list
         tokens = sample(logits, SamplingRows.of(plan.samples))
         return lambda: tokens
+
+    def wait(self, step: int) -> None:
+        """Each has ended when it was launched."""

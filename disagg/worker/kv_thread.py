@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from disagg.config import TransportBackend
 from disagg.engine.build import Rank
 from disagg.transfer import Event, PoolMemory, TransferThread, make_transport
@@ -30,10 +28,3 @@ def make_transfer_thread(
         on_event,
         on_crash,
     )
-
-
-def device_sync(device: torch.device) -> Callable[[], None]:
-    """Return what makes sure that everything launched so far has been written to memory."""
-    if device.type == "cuda":
-        return torch.cuda.current_stream(device).synchronize
-    return lambda: None

@@ -8,12 +8,12 @@ from msgspec import Struct
 from disagg.checkpoint import model_hash, tokenizer_hash
 from disagg.config import WorkerConfig
 from disagg.engine import Limits
-from disagg.engine.build import Rank, load_rank, make_engine
+from disagg.engine.build import Rank, load_rank, make_engine, pick_device
 from disagg.parallel import MeetingStore, TensorParallel
 from disagg.protocol import PROTOCOL_VERSION, PeerHello
 from disagg.telemetry import Stages
 from disagg.transfer import Event, TransferThread, host_id, process_start_time
-from disagg.worker.kv_thread import TRANSPORT, device_sync, make_transfer_thread
+from disagg.worker.kv_thread import TRANSPORT, make_transfer_thread
 from disagg.worker.metrics import WorkerCounts
 from disagg.worker.ranks import LocalPort, RankGroup
 from disagg.worker.service import Identity, WorkerService
@@ -67,9 +67,10 @@ def load_worker(
     """
     ranks.begin()
     store = MeetingStore(ranks.meeting.put, ranks.meeting.get)
-    group = TensorParallel.join(store, 0, ranks.size, host=ranks.host)
+    device = pick_device(config.model.device, 0, ranks.size // config.nodes.num_nodes)
+    group = TensorParallel.join(store, 0, ranks.size, device=device, host=ranks.host)
     stages.end("ranks")
-    rank = load_rank(config.model, config.engine, tp=group, progress=progress)
+    rank = load_rank(config.model, config.engine, tp=group, device=device, progress=progress)
     stages.end("weights")
     thread = make_transfer_thread(
         rank, uuid, 0, config.transfer.transport_backend, on_event=on_transfer, on_crash=on_crash
@@ -99,7 +100,7 @@ def _assemble(
 ) -> Loaded:
     model = config.model
     engine = make_engine(rank, config.engine, send=ranks.send if ranks.size > 1 else None)
-    ports: list[RankPort] = [LocalPort(thread, device_sync(rank.device)), *ranks.ranks]
+    ports: list[RankPort] = [LocalPort(thread), *ranks.ranks]
     service = WorkerService(
         Identity(role=config.role, hello=hello, transport=TRANSPORT),
         engine=engine,

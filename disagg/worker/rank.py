@@ -11,14 +11,14 @@ from typing import assert_never
 
 import msgspec
 
-from disagg.engine import StepPlan
-from disagg.engine.build import Rank, load_rank
+from disagg.engine import StepPlan, StepRetired
+from disagg.engine.build import Rank, load_rank, pick_device
 from disagg.errors import DisaggError, WorkerLost
 from disagg.parallel import MeetingStore, TensorParallel
 from disagg.supervisor import die_with_parent
 from disagg.transfer import TransferThread, prepare_environment
 from disagg.worker.addresses import is_local
-from disagg.worker.kv_thread import device_sync, make_transfer_thread
+from disagg.worker.kv_thread import make_transfer_thread
 from disagg.worker.rank_link import (
     TO_RANK,
     Channel,
@@ -59,10 +59,10 @@ def main(arguments: list[str]) -> int:
 def _run(start: RankStart, channel: Channel) -> None:
     config = start.config
     prepare_environment(loopback_only=is_local(config))
-    group = TensorParallel.join(
-        _meeting(channel), start.rank, config.engine.tensor_parallel_size, host=start.host
-    )
-    rank = load_rank(config.model, config.engine, tp=group)
+    size = config.engine.tensor_parallel_size
+    device = pick_device(config.model.device, start.rank, size // config.nodes.num_nodes)
+    group = TensorParallel.join(_meeting(channel), start.rank, size, device=device, host=start.host)
+    rank = load_rank(config.model, config.engine, tp=group, device=device)
     transfers = make_transfer_thread(
         rank,
         start.uuid,
@@ -99,12 +99,16 @@ def _meeting(channel: Channel) -> MeetingStore:
 
 
 def _follow(rank: Rank, thread: TransferThread, channel: Channel) -> None:
-    port = LocalPort(thread, device_sync(rank.device))
+    retired = -1
+    # Rank 0 has seen the end of the step that it has pages pushed of, but on its own GPU alone.
+    port = LocalPort(thread, lambda: rank.runner.wait(retired))
     while (payload := channel.receive()) is not None:
         message = TO_RANK.decode(payload)
         match message:
             case StepPlan():
                 rank.runner.launch(message)
+            case StepRetired(step):
+                retired = step
             case Submit():
                 port.submit(from_submit(message))
             case RankStart() | MeetingAnswer():

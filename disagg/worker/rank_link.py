@@ -2,7 +2,8 @@
 
 In order, both ways:
 
-    rank 0 → rank   RankStart, MeetingAnswer…, then StepPlan and Submit as they come; closed to end it
+    rank 0 → rank   RankStart, MeetingAnswer…, then StepPlan, StepRetired and Submit as they come;
+                    closed to end it
     rank → rank 0   MeetingPut and MeetingAsk…, RankReady | RankFailed, then Happened as it comes;
                     closed when it dies
 
@@ -20,7 +21,7 @@ from msgspec import Raw, Struct
 
 from disagg import errors
 from disagg.config import WorkerConfig
-from disagg.engine import StepPlan
+from disagg.engine import StepPlan, StepRetired
 from disagg.errors import DisaggError, WorkerError
 from disagg.protocol import RankEndpoint
 from disagg.transfer import (
@@ -119,7 +120,7 @@ class Happened(Struct, frozen=True, array_like=True, tag="happened"):
     event: Raw
 
 
-ToRank = RankStart | MeetingAnswer | StepPlan | Submit
+ToRank = RankStart | MeetingAnswer | StepPlan | StepRetired | Submit
 FromRank = MeetingPut | MeetingAsk | RankReady | RankFailed | Happened
 
 TO_RANK = msgspec.msgpack.Decoder(ToRank)

@@ -47,7 +47,7 @@ LOOPBACK = "127.0.0.1"
 class LocalPort:
     """This rank's own transfer thread."""
 
-    def __init__(self, thread: TransferThread, before_push: Callable[[], None]) -> None:
+    def __init__(self, thread: TransferThread, before_push: Callable[[], None] = lambda: None) -> None:
         self._thread = thread
         self._before_push = before_push
 

@@ -61,6 +61,9 @@ class FakeRunner:
         tokens = self.run(plan)
         return lambda: tokens
 
+    def wait(self, step):
+        """Each has ended when it was launched."""
+
     def run(self, plan):
         self.plans.append(plan)
         tokens = int32s(plan.token_ids).tolist()

@@ -1,15 +1,28 @@
 """Buffers and calls for tests of CUDA kernels."""
 
+import os
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
+
+from disagg.nccl import MULTI_RANK
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Two roundings of half a unit in the last place.
 RELATIVE = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 ERRORS: dict[str, float] = {}
 """Largest error of each operator and type so far, in units of what it is compared with."""
+
+
+def needs_nccl(num_ranks: int) -> pytest.MarkDecorator:
+    """Skip where so many processes cannot talk by NCCL; here because one GPU is all that most have."""
+    return pytest.mark.skipif(
+        torch.cuda.device_count() < num_ranks and os.environ.get(MULTI_RANK) != "1",
+        reason=f"needs {num_ranks} GPUs, or NCCL 2.31 and {MULTI_RANK}=1",
+    )
+
 
 _GUARD = 256  # elements; a multiple of every alignment that a kernel looks at
 

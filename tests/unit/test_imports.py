@@ -23,7 +23,8 @@ LAYERS = {
     "links": {"errors", "protocol", "security", "telemetry"},
     "kv": {"_core", "errors", "protocol"},
     "layers": {"_cpu", "_cuda", "errors", "kv"},
-    "parallel": {"errors"},
+    "nccl": {"errors"},
+    "parallel": {"errors", "nccl"},
     "attention": {"_cpu", "_cuda", "errors", "kv", "layers"},
     "models": {"attention", "checkpoint", "errors", "kv", "layers", "parallel", "protocol"},
     "engine": {
@@ -34,10 +35,11 @@ LAYERS = {
         "kv",
         "layers",
         "models",
+        "nccl",
         "parallel",
         "protocol",
     },
-    "transfer": {"_cuda", "errors", "kv", "protocol"},
+    "transfer": {"_cuda", "errors", "kv", "nccl", "protocol"},
     "client": {"errors"},
     "frontend": {"checkpoint", "config", "errors", "protocol", "security"},
     "kubernetes": {"errors", "security", "telemetry"},
@@ -56,6 +58,7 @@ LAYERS = {
     "supervisor": {"checkpoint", "config", "errors", "security"},
 }
 TORCH_FREE = [
+    "nccl",
     "client",
     "protocol",
     "config",

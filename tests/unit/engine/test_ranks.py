@@ -1,7 +1,7 @@
 """One plan, every rank."""
 
 from disagg.engine import Engine
-from disagg.engine.plan import PENDING, StepPlan, int32s
+from disagg.engine.plan import PENDING, StepPlan, StepRetired, int32s
 from disagg.engine.ranks import LeadingRunner
 from disagg.engine.scheduler import Scheduler
 from disagg.protocol import decoder
@@ -62,3 +62,27 @@ def test_tokens_unknown_at_planning_are_filled_in_before_any_rank_sees_them() ->
 
     assert sorted(generate(1)) == sorted(generate(3))
     assert len(generate(1)) == 10
+
+
+def test_ranks_that_run_beside_the_host_get_plans_as_they_are_and_hear_of_their_ends() -> None:
+    """Each device has the tokens that the host does not know yet; pages of a retired step may be pushed."""
+    sent: list[bytes] = []
+    leader = LeadingRunner(FakeRunner(16, 4, VOCAB, depth=1), num_slots=4, send=sent.append)
+    engine = Engine(runner=leader, cache=make_cache(), limits=make_limits(), eos_token_ids=[])
+    engine.add(make_request(max_tokens=4))
+    run_all(engine)
+    follower = FakeRunner(16, 4, VOCAB, depth=1)
+    order = []
+    for message in map(decoder(StepPlan | StepRetired).decode, sent):
+        if isinstance(message, StepPlan):
+            follower.run(message)
+        order.append((type(message).__name__, message.step))
+    assert follower.plans == leader._local.plans
+    assert any((int32s(plan.token_ids) == PENDING).any() for plan in follower.plans)
+    assert follower.kv == leader._local.kv
+    first = follower.plans[0].step
+    steps = range(first, first + len(follower.plans))
+    assert [step for name, step in order if name == "StepPlan"] == list(steps)
+    assert [step for name, step in order if name == "StepRetired"] == list(steps)
+    # Never two ahead, and the next is planned before the last has ended.
+    assert order[:3] == [("StepPlan", first), ("StepPlan", first + 1), ("StepRetired", first)]
