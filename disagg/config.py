@@ -17,7 +17,7 @@ RoleName = Literal["prefill", "decode", "unified"]
 PrefixCacheName = Literal["radix", "none"]
 RoutingPolicyName = Literal["cost", "prefix", "least_load", "round_robin"]
 DisaggregateMode = Literal["always", "auto", "never"]
-TransportBackend = Literal["auto", "nixl", "cuda_ipc"]
+TransportBackend = Literal["auto", "nixl", "cuda_ipc", "nccl"]
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 
@@ -116,8 +116,8 @@ class TransferConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     transport_backend: Annotated[
         TransportBackend,
         Meta(
-            description="`nixl`; `cuda_ipc`, between GPUs of one host and nothing else; or `auto`: "
-            "`cuda_ipc` where that is possible, else `nixl`."
+            description="`nixl`; `cuda_ipc`, between GPUs of one host and nothing else; `nccl`, between "
+            "GPUs, of both pools then; or `auto`: `cuda_ipc` where that is possible, else `nixl`."
         ),
     ] = "auto"
 

@@ -1,10 +1,10 @@
 """Moving KV pages from one worker's pool into another's.
 
 Owns the plan (which byte runs go where), the transports that carry them and the thread that
-drives one. May import `protocol`, `errors` and `kv.layout`; torch in the probe's processes alone.
-Read `plan.py`, then `mover.py`, which is the state machine of a push; `base.py` is the seam to a
-transport, `nixl.py` the only file that knows NIXL, and `cuda_ipc.py` the shorter way between GPUs of
-one host.
+drives one. May import `protocol`, `errors`, `nccl` and `kv.layout`; torch in the probe's processes, and where
+`nccl.py` needs a stream. Read `plan.py`, then `mover.py`, which is the state machine of a push; `base.py` is
+the seam to a transport, `nixl.py` the only file that knows NIXL, `cuda_ipc.py` the shorter way between GPUs
+of one host, and `nccl.py` the way of NCCL.
 """
 
 from disagg.transfer.base import PoolMemory, Transport

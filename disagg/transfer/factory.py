@@ -4,12 +4,14 @@ import logging
 import os
 from collections.abc import MutableMapping
 
+from disagg import nccl
 from disagg.errors import ConfigError, TransferError
 from disagg.transfer.base import PoolMemory, Transport
 from disagg.transfer.cuda_ipc import BLOCKS, NAME, Copier, CudaIpcTransport
 from disagg.transfer.host import host_id
+from disagg.transfer.nccl import NcclTransport
 
-TRANSPORTS = ("auto", "nixl", "cuda_ipc")
+TRANSPORTS = ("auto", "nixl", "cuda_ipc", "nccl")
 """What `make_transport` knows."""
 UCX_TCP_PORT_RANGE = "20000-20999"
 """Where UCX listens for other workers, unless the environment names another range."""
@@ -33,6 +35,8 @@ def make_transport(name: str, *, uuid: str, rank: int, pool: PoolMemory) -> Tran
     """
     if name not in TRANSPORTS:
         raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {name}")
+    if name == "nccl":
+        return _make_nccl(uuid, rank, pool)
     copier = _make_copier(pool, is_required=name == NAME) if name != "nixl" else None
     from disagg.transfer.nixl import NixlTransport
 
@@ -46,6 +50,15 @@ def make_transport(name: str, *, uuid: str, rank: int, pool: PoolMemory) -> Tran
             raise ConfigError(f"transport_backend is {NAME}, but {error}") from error
         log.warning("KV goes by nixl, because %s", error)
         return nixl
+
+
+def _make_nccl(uuid: str, rank: int, pool: PoolMemory) -> Transport:
+    from disagg.transfer.nixl import NixlTransport
+
+    if pool.memory != "VRAM":
+        raise ConfigError("transport_backend is nccl, but the pool is in host memory, which nixl carries")
+    nccl.require()
+    return NcclTransport(NixlTransport(uuid=uuid, rank=rank, pool=pool), pool)
 
 
 def _make_copier(pool: PoolMemory, is_required: bool) -> Copier | None:
@@ -81,6 +94,7 @@ def prepare_environment(
     environ = os.environ if environ is None else environ
     if loopback_only:
         environ.setdefault("UCX_NET_DEVICES", "lo")
+        environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     else:
         environ.setdefault("UCX_TCP_PORT_RANGE", UCX_TCP_PORT_RANGE)
     # Every failure reaches us as an exception; the copies on stderr are noise beside our own log.

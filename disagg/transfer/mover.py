@@ -23,6 +23,7 @@ from disagg.kv.layout import PageLayout
 from disagg.protocol import KvLayout, PeerHello, PushDone, decoder, encode
 from disagg.transfer.base import Notified, Transport, Write, WriteEnded, WriteId, split_agent_name
 from disagg.transfer.host import host_id
+from disagg.transfer.nccl import NAME as NCCL
 from disagg.transfer.plan import check_layouts, check_pages, plan_transfer, shared_heads
 from disagg.transfer.slow import LinkFacts, LinkSpeed, why_slow
 
@@ -314,7 +315,8 @@ class KvMover:
             self._events.append(ConnectFailed(peer.uuid, error))
             return
         self._peers[peer.uuid] = peer
-        if any(endpoint.memory == "VRAM" for endpoint in peer.ranks):
+        on_gpus = any(endpoint.memory == "VRAM" for endpoint in peer.ranks)
+        if on_gpus and self._transport.carrier(peer.uuid) != NCCL:  # of which UCX carries none
             self._speeds.setdefault(peer.uuid, LinkSpeed())
         self._events.append(Connected(peer.uuid))
 

@@ -32,6 +32,7 @@ from disagg.transfer import (
     pairs,
     process_start_time,
 )
+from support.gpu import needs_nccl
 from support.kv_ranks import DEVICE, TRANSPORT, Rank, hello_of
 from support.system import eventually
 from support.transfer import make_layout
@@ -49,8 +50,12 @@ LANES = [
 ]
 """What UCX chooses by itself on one host, what it has between hosts without RDMA, and pools on one GPU."""
 CUDA_IPC = pytest.param({DEVICE: "cuda", TRANSPORT: "cuda_ipc"}, id="cuda_ipc", marks=on_gpu)
-by_lane = pytest.mark.parametrize("environ", LANES)
-by_every_lane = pytest.mark.parametrize("environ", [*LANES, CUDA_IPC])
+NCCL = [
+    pytest.param({TRANSPORT: "nccl"}, id="nccl over sockets"),
+    pytest.param({TRANSPORT: "nccl", DEVICE: "cuda"}, id="nccl", marks=(*on_gpu, needs_nccl(2))),
+]
+by_lane = pytest.mark.parametrize("environ", [*LANES, *NCCL])
+by_every_lane = pytest.mark.parametrize("environ", [*LANES, CUDA_IPC, *NCCL])
 
 Bytes = NDArray[np.uint8]
 MakeRank = Callable[..., Rank]
@@ -85,7 +90,7 @@ def push(
     )
 
 
-@pytest.mark.parametrize("environ", [LANES[0], LANES[2], CUDA_IPC])
+@pytest.mark.parametrize("environ", [LANES[0], LANES[2], CUDA_IPC, *NCCL])
 @pytest.mark.parametrize(("source_tp", "target_tp"), [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
 def test_pages_arrive_byte_by_byte_whatever_the_tensor_parallel_sizes(
     make_rank: MakeRank, source_tp: int, target_tp: int, environ: Mapping[str, str]

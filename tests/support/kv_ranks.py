@@ -26,6 +26,9 @@ from disagg.transfer import (
     prepare_environment,
     process_start_time,
 )
+from disagg.transfer.base import Transport
+from disagg.transfer.nccl import NcclTransport
+from support.socket_wire import SocketWire, new_id
 
 DEVICE = "KV_RANKS_DEVICE"
 """In a rank's environment: `cuda` puts its pool on the GPU."""
@@ -153,7 +156,7 @@ class _Answers:
     def _make(self, uuid: str) -> tuple[TransferThread, RankEndpoint]:
         memory = PoolMemory.of_array(self.pool) if self.on_gpu is None else PoolMemory.of_tensor(self.on_gpu)
         thread = TransferThread(
-            lambda: make_transport(os.environ.get(TRANSPORT, "nixl"), uuid=uuid, rank=self.rank, pool=memory),
+            lambda: _transport(os.environ.get(TRANSPORT, "nixl"), uuid, self.rank, memory),
             self.layout,
             self.rank,
             lambda event: self.events.put((event, time.monotonic())),
@@ -208,6 +211,13 @@ class _Answers:
         before, began = time.process_time(), time.monotonic()
         time.sleep(over_s)
         return (time.process_time() - before) / (time.monotonic() - began)
+
+
+def _transport(name: str, uuid: str, rank: int, pool: PoolMemory) -> Transport:
+    if name != "nccl" or pool.memory == "VRAM":
+        return make_transport(name, uuid=uuid, rank=rank, pool=pool)
+    nixl = make_transport("nixl", uuid=uuid, rank=rank, pool=pool)
+    return NcclTransport(nixl, pool, make_wire=SocketWire, make_id=new_id)
 
 
 def _on_gpu(pool: np.ndarray[Any, np.dtype[np.uint8]], into: Any = None) -> Any:

@@ -9,7 +9,7 @@ def test_loopback_keeps_ucx_off_outside_interfaces() -> None:
     """UCX has no authentication of its own."""
     environ: dict[str, str] = {}
     prepare_environment(environ)
-    assert environ["UCX_NET_DEVICES"] == "lo"
+    assert environ["UCX_NET_DEVICES"] == environ["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def test_off_loopback_the_ports_are_a_range_that_a_firewall_can_name() -> None:
@@ -30,5 +30,11 @@ def test_what_the_user_has_set_is_left_alone() -> None:
 
 def test_unknown_transport_is_refused_by_name() -> None:
     pool = PoolMemory.of_array(make_pool(make_layout()))
-    with pytest.raises(ConfigError, match="transport must be one of auto, nixl, cuda_ipc, got nccl"):
+    with pytest.raises(ConfigError, match="transport must be one of auto, nixl, cuda_ipc, nccl, got mpi"):
+        make_transport("mpi", uuid="u", rank=0, pool=pool)
+
+
+def test_nccl_is_for_gpus() -> None:
+    pool = PoolMemory.of_array(make_pool(make_layout()))
+    with pytest.raises(ConfigError, match="transport_backend is nccl, but the pool is in host memory"):
         make_transport("nccl", uuid="u", rank=0, pool=pool)
