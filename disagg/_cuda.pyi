@@ -145,3 +145,48 @@ class PeerCopier:
 
     def wait(self) -> None:
         """Wait until no copy is under way."""
+
+class LinearPlan:
+    """How a product is divided among the multiprocessors; csrc/cuda/linear_division.h is its manual."""
+
+    tokens: int
+    groups: int
+    multicast: int
+    splits: int
+    slices: int
+    w_stages: int
+    x_stages: int
+    def __init__(
+        self,
+        tokens: int,
+        groups: int,
+        multicast: int,
+        splits: int,
+        slices: int,
+        w_stages: int,
+        x_stages: int,
+    ) -> None: ...
+
+def plan_linear(rows: int, n: int, k: int, gated: bool, num_sms: int) -> LinearPlan:
+    """Divide a product by its sizes alone; ValueError where it is not one for `linear`."""
+
+def linear_workspace_bytes(plan: LinearPlan, n: int, k: int) -> int:
+    """Size of the uint8 workspace that `linear` needs, zeroed before its first use; mostly 0."""
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    gated: bool,
+    plan: LinearPlan,
+    workspace: Tensor,
+    stream: int,
+) -> None:
+    """`out = x @ weight.T + bias + residual` in bfloat16, for at most 256 rows; sums are float32.
+
+    `gated`: the weight has eight rows of gate, eight of up, and so on; `out = silu(gate) * up`. `residual`
+    may be `out`. The weight is loaded before the kernel that precedes this has ended, so it must have been
+    written, and the device synchronized, long before.
+    """

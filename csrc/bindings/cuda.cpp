@@ -170,6 +170,7 @@ void embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& out,
 
 void bind_attention(nb::module_& m);  // cuda_attention.cpp
 void bind_peer(nb::module_& m);       // cuda_peer.cpp
+void bind_linear(nb::module_& m);     // cuda_linear.cpp
 
 }  // namespace disagg::bindings
 
@@ -187,4 +188,5 @@ NB_MODULE(_cuda, m) {
   m.def("embedding", &b::embedding, "token_ids"_a, "weight"_a, "out"_a, "stream"_a);
   b::bind_attention(m);
   b::bind_peer(m);
+  b::bind_linear(m);
 }

@@ -1,0 +1,217 @@
+"""Claim: a decode step's products with weights are faster than cuBLAS's, where they are used.
+
+    python benchmarks/engine/linear.py [--rounds 10] [--sweep] [--rows 8 40 ...] [--shape N K] [--json FILE]
+
+Each product is captured in a CUDA graph over many weights in turn, far more than the L2 cache holds, and
+the graph is replayed; printed is the median replay's time a product beside cuBLAS's (torch.mm) and the
+floor, bytes at 4.3 TB/s or operations at 760 TFLOP/s. `--sweep` tries other plans and names the best. Then
+a layer's four products and the small kernels between them, as the engine runs them.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from disagg import _cuda
+
+LAYERS = {  # qkv, output, gate and up, down: [n, k]
+    "Qwen3-0.6B": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)),
+    "Llama-3.1-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+}
+ROWS = (8, 40, 64, 96, 128, 160, 192, 240)
+WEIGHT_BYTES = 400 << 20
+
+
+def replay_us(step: Callable[[], None], count: int, rounds: int) -> float:
+    """Median replay of a captured step, microseconds for each of its `count` parts."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        times = []
+        for _ in range(rounds + 2):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended) * 1e3 / count)
+    return median(times[2:])
+
+
+def weights(n: int, k: int) -> list[Tensor]:
+    count = max(2, -(-WEIGHT_BYTES // (n * k * 2)))
+    made = torch.empty(count, n, k, dtype=torch.bfloat16, device="cuda").normal_(std=k**-0.5)
+    torch.cuda.synchronize()
+    return list(made)
+
+
+def stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+class Ours:
+    """Calls with plans that are made once."""
+
+    def __init__(self) -> None:
+        self.sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+        self.workspace = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+        self.plans: dict[tuple[int, ...], _cuda.LinearPlan] = {}
+
+    def __call__(
+        self, x: Tensor, w: Tensor, out: Tensor, residual: Tensor | None = None, gated: bool = False
+    ) -> None:
+        key = (len(x), *w.shape)
+        if key not in self.plans:
+            self.plans[key] = _cuda.plan_linear(*key, gated, self.sms)
+        _cuda.linear(x, w, None, residual, out, gated, self.plans[key], self.workspace, stream())
+
+
+def floor_us(rows: int, n: int, k: int) -> float:
+    return max(n * k * 2 / 4.3e6, 2 * rows * n * k / 760e6)
+
+
+def text(plan: _cuda.LinearPlan) -> str:
+    return (
+        f"{plan.tokens}t {plan.groups}g {plan.multicast}m {plan.splits}s {plan.slices} "
+        f"w{plan.w_stages} x{plan.x_stages}"
+    )
+
+
+def plans(rows: int, n: int, k: int, sms: int) -> list[_cuda.LinearPlan]:
+    """What `--sweep` tries, beside the rule's."""
+    rule = _cuda.plan_linear(rows, n, k, False, sms)
+    found = []
+    for groups, multicast, splits, full in product((1, 2), (1, 2, 4), (1, 2, 4, 8), (False, True)):
+        tiles = -(-n // (64 * groups)) // multicast
+        slices = tiles * splits
+        if splits == 1 and not full:
+            slices = min(sms // multicast, tiles * (k // 64))
+        elif not full or not 48 <= slices * multicast <= 2 * sms:
+            continue
+        each = -(-tiles * (k // 64) // slices)
+        room = 110 if full and rule.tokens <= 64 else 220
+        x_stages = min(each, 4 if rule.tokens * groups <= 256 else 3)
+        left = (room << 10) - x_stages * rule.tokens * 128
+        if splits > 1:
+            left -= (rule.tokens + 8 * splits) * groups * 256
+        w_stages = min(each, 16, left // (groups << 13))
+        is_whole = n % (64 * groups * multicast) == 0 and rule.tokens % (8 * multicast) == 0
+        if is_whole and multicast * splits <= 8 and w_stages >= min(each, 2):
+            sizes = (rule.tokens, groups, multicast, splits, slices, w_stages, x_stages)
+            found.append(_cuda.LinearPlan(*sizes))
+    return found
+
+
+def one(rows: int, n: int, k: int, ours: Ours, rounds: int, sweep: bool) -> dict[str, float | str]:
+    ws = weights(n, k)
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    out, want = (torch.empty(rows, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+
+    def by(run: Callable[[Tensor], None]) -> float:
+        def step() -> None:
+            for w in ws:
+                run(w)
+
+        return replay_us(step, len(ws), rounds)
+
+    cublas = by(lambda w: torch.mm(x, w.t(), out=want))
+    us = by(lambda w: ours(x, w, out))
+    error = (out.float() - want.float()).abs().max().item()
+    rule = ours.plans[rows, n, k]
+    best, best_us = rule, us
+    for plan in plans(rows, n, k, ours.sms) if sweep else ():
+        try:
+            tried = by(
+                partial(
+                    lambda w, plan: _cuda.linear(
+                        x, w, None, None, out, False, plan, ours.workspace, stream()
+                    ),
+                    plan=plan,
+                )
+            )
+        except ValueError:
+            continue  # does not fit
+        if tried < best_us:
+            best, best_us = plan, tried
+    floor = floor_us(rows, n, k)
+    times = f"{floor:>8.1f}{cublas:>9.1f}{us:>8.1f}{us / cublas:>7.2f}{error:>9.1e}  {text(rule)}"
+    swept = f" | best {best_us:.1f} {text(best)}" if sweep else ""
+    print(f"{n:>7}{k:>7}{rows:>5}{times}{swept}", flush=True)
+    result = {"n": n, "k": k, "rows": rows, "floor_us": floor, "cublas_us": cublas, "ours_us": us}
+    return result | ({"best_us": best_us, "best": text(best)} if sweep else {})
+
+
+def layer(name: str, rows: int, ours: Ours, rounds: int) -> dict[str, float | str]:
+    """A layer without its attention and rotation, by cuBLAS, by ours, by ours with what follows inside."""
+    shapes = LAYERS[name]
+    ws = list(zip(*(weights(*shape) for shape in shapes), strict=False))
+    hidden, inner = shapes[0][1], shapes[3][1]
+    new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
+    residual, normed, delta = (new(rows, hidden) for _ in range(3))
+    qkv, attended = new(rows, shapes[0][0]), new(rows, shapes[1][1])
+    gate_up, gated, norm = new(rows, shapes[2][0]), new(rows, inner), new(hidden)
+
+    def step(mm: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        for w_qkv, w_o, w_gate_up, w_down in ws:
+            mm(normed, w_qkv, qkv)
+            mm(attended, w_o, delta)
+            _cuda.rms_norm(delta, residual, norm, normed, 1e-6, stream())
+            mm(normed, w_gate_up, gate_up)
+            _cuda.silu_and_mul(gate_up, gated, stream())
+            mm(gated, w_down, delta)
+            _cuda.rms_norm(delta, residual, norm, normed, 1e-6, stream())
+
+    def fused() -> None:
+        for w_qkv, w_o, w_gate_up, w_down in ws:
+            ours(normed, w_qkv, qkv)
+            ours(attended, w_o, residual, residual)
+            _cuda.rms_norm(residual, None, norm, normed, 1e-6, stream())
+            ours(normed, w_gate_up, gated, gated=True)
+            ours(gated, w_down, residual, residual)
+            _cuda.rms_norm(residual, None, norm, normed, 1e-6, stream())
+
+    cublas = replay_us(lambda: step(lambda x, w, out: torch.mm(x, w.t(), out=out)), len(ws), rounds)
+    plain = replay_us(lambda: step(ours), len(ws), rounds)
+    inside = replay_us(fused, len(ws), rounds)
+    print(f"{name:<14}{rows:>5}{cublas:>9.1f}{plain:>9.1f}{inside:>9.1f}", flush=True)
+    return {"layer": name, "rows": rows, "cublas_us": cublas, "ours_us": plain, "fused_us": inside}
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--rounds", type=int, default=10)
+    ask.add_argument("--sweep", action="store_true")
+    ask.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    ask.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"))
+    ask.add_argument("--model", choices=LAYERS, action="append")
+    ask.add_argument("--json", type=Path)
+    a = ask.parse_args()
+    torch.manual_seed(0)
+    card, ours, results = torch.cuda.get_device_name(), Ours(), []
+    print(f"{card}; times in us")
+    print(f"{'n':>7}{'k':>7}{'rows':>5}{'floor':>8}{'cuBLAS':>9}{'ours':>8}{'ratio':>7}{'differ':>9}  plan")
+    models = a.model or list(LAYERS)
+    for n, k in a.shape or [shape for model in models for shape in LAYERS[model]]:
+        for rows in a.rows:
+            results.append(one(rows, n, k, ours, a.rounds, a.sweep))
+    print(f"{'layer':<14}{'rows':>5}{'cuBLAS':>9}{'ours':>9}{'fused':>9}")
+    for model, rows in product(() if a.shape else models, a.rows):
+        results.append(layer(model, rows, ours, a.rounds))
+    if a.json:
+        a.json.write_text(
+            json.dumps({"card": card, "torch": torch.__version__, "results": results}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+// Products of at most 256 rows with a weight, `out = x w^T` and what follows it: what a decode step does
+// four times a layer. Weights are read once, which bounds it for few rows.
+//
+// Equal from run to run, bit by bit; a row's sums are in an order that the shapes alone decide.
+//
+// Requires: the weight is written, and the device synchronized, before the first call; for it is loaded
+// before the kernel that precedes this one has ended (programmatic dependent launch).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/linear_division.h"
+
+namespace disagg::cuda {
+
+// Strides are in elements, multiples of 8; all is bfloat16 and 16-byte aligned.
+struct LinearArgs {
+  const void* x;  // [rows, k]
+  std::int64_t x_stride;
+  const void* w;  // [n, k], contiguous
+  void* out;      // [rows, n], or [rows, n / 2] where `gated`
+  std::int64_t out_stride;
+  const void* bias;      // nullptr, or [n]
+  const void* residual;  // nullptr, or as out, which may be the same: added before the rounding
+  std::int64_t residual_stride;
+  bool gated;  // w has eight rows of gate, then eight of up, and so on: out = silu(gate) * up
+  int rows, n, k;
+  void* workspace;  // nullptr where the plan needs none
+};
+
+// Requires: check_linear() and check_linear_plan() find nothing.
+[[nodiscard]] cudaError_t linear(const LinearArgs& args, const LinearPlan& plan, cudaStream_t stream);
+
+}  // namespace disagg::cuda

@@ -1,0 +1,200 @@
+// How a product of few rows of x with a weight is divided among CTAs, and how tiles lie in shared memory:
+// plain arithmetic, for host and device, so that it is tested without a GPU.
+//
+// A *tile* is `64 * groups` rows of the weight, a *unit* is 64 of k for `multicast` neighbouring tiles, which
+// as many CTAs take together: each loads a part of x and sends it to all. Units are numbered tile by tile,
+// k by k; slice i of `slices` takes units [units * i / slices, units * (i + 1) / slices). Where k is split in
+// a cluster, a tile's slices are exactly the cluster's CTAs.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+
+#ifdef __CUDACC__
+#define DISAGG_LINEAR_HD __host__ __device__ __forceinline__
+#else
+#define DISAGG_LINEAR_HD inline
+#endif
+
+namespace disagg::cuda {
+
+inline constexpr int kLinearMaxRows = 256;
+inline constexpr int kLinearDepth = 64;  // of k: 128 bytes, a swizzled row
+inline constexpr int kLinearTile = 64;   // rows of the weight that a warpgroup takes
+inline constexpr int kLinearMaxWarps = 8;  // of a CTA that multiply
+// Products whose slices are cut anywhere: whatever a plan is, its flags are there, and nothing else.
+inline constexpr int kLinearMaxCtas = 1024;
+inline constexpr std::size_t kLinearFlagBytes = kLinearMaxCtas * kLinearMaxWarps * 4;
+inline constexpr int kLinearSharedLimit = 227 * 1024;
+inline constexpr int kLinearTokens[] = {16, 32, 64, 96, 128, 160, 192, 224, 256};
+
+struct LinearPlan {
+  int tokens;     // rows of x, padded to one of kLinearTokens
+  int groups;     // warpgroups of a CTA
+  int multicast;  // CTAs that share x
+  int splits;     // CTAs of a cluster that share a tile's k
+  int slices;
+  int w_stages, x_stages;
+
+  DISAGG_LINEAR_HD int ctas() const { return slices * multicast; }
+  DISAGG_LINEAR_HD int cluster() const { return multicast * splits; }
+};
+
+// The units of a slice in the order in which it takes them: tiles downwards, the ks of a tile upwards. So
+// what a later slice waits for, the part of its last tile that this one has, comes first.
+struct LinearWalk {
+  int begin, end, depth;  // units; `depth`: of a tile
+  int first = 0, last = 0;  // what this slice has of the current tile: ks [first, last)
+
+  DISAGG_LINEAR_HD LinearWalk(int units, int tile_depth, int slice, int slices)
+      : begin(begin_of(units, slice, slices)), end(begin_of(units, slice + 1, slices)), depth(tile_depth) {
+    enter();
+  }
+  // Requires: units * slices < 2^32.
+  DISAGG_LINEAR_HD static int begin_of(int units, int slice, int slices) {
+    return static_cast<int>(static_cast<std::uint32_t>(units) * static_cast<std::uint32_t>(slice) /
+                            static_cast<std::uint32_t>(slices));
+  }
+  DISAGG_LINEAR_HD bool is_over() const { return end == begin; }
+  // The current tile; a division, not a member: the kernel has no register for it.
+  DISAGG_LINEAR_HD int tile() const { return (end - 1) / depth; }
+  DISAGG_LINEAR_HD void next_tile() {
+    end -= last - first;
+    enter();
+  }
+
+ private:
+  DISAGG_LINEAR_HD void enter() {
+    if (is_over()) return;
+    const int tile_begin = tile() * depth;
+    last = end - tile_begin;
+    first = begin > tile_begin ? begin - tile_begin : 0;
+  }
+};
+
+DISAGG_LINEAR_HD int linear_tiles(int n, int groups) { return (n + kLinearTile * groups - 1) / (kLinearTile * groups); }
+
+// Tiles of `multicast` CTAs, the last maybe past n.
+DISAGG_LINEAR_HD int linear_units(int n, int k, const LinearPlan& plan) {
+  return (linear_tiles(n, plan.groups) + plan.multicast - 1) / plan.multicast * (k / kLinearDepth);
+}
+
+// ---- shared memory ----
+
+// Where TMA puts byte `byte` of row `row` of a box of 128-byte rows, with 128-byte swizzle, from a tile's
+// begin at a multiple of 1,024: the 16-byte chunk's number is xored with the row's in its group of eight.
+DISAGG_LINEAR_HD std::uint32_t swizzled(std::uint32_t row, std::uint32_t byte) {
+  return row * 128 + (((byte / 16) ^ (row % 8)) * 16 + byte % 16);
+}
+
+// wgmma's matrix descriptor of such a tile, "major" in k: begin / 16; stride between groups of eight rows
+// / 16; swizzle of 128 bytes. The stride within a row is not used. Sixteen more of k: add 2.
+DISAGG_LINEAR_HD std::uint64_t tile_descriptor(std::uint32_t address) {
+  constexpr std::uint64_t kSwizzle128 = 1, kRows = 1024 / 16, kUnused = 1;
+  return (address & 0x3ffff) >> 4 | kUnused << 16 | kRows << 32 | kSwizzle128 << 62;
+}
+
+struct LinearShared {
+  int w_bytes, x_bytes, partials_at, barriers_at, bytes;  // `bytes` of all, `*_bytes` of a stage
+  bool partials_apart;  // else in the rings' place
+
+  DISAGG_LINEAR_HD static LinearShared of(const LinearPlan& plan, int limit) {
+    LinearShared shared{};
+    shared.w_bytes = plan.groups * kLinearTile * 128;
+    shared.x_bytes = plan.tokens * 128;
+    const int rings = plan.w_stages * shared.w_bytes + plan.x_stages * shared.x_bytes;
+    const int barriers = 16 * (plan.w_stages + plan.x_stages);
+    const int partials = plan.splits > 1 ? plan.splits * slice_columns(plan) * plan.groups * 128 * 16 : 0;
+    shared.partials_apart = rings + partials + barriers <= limit;
+    shared.partials_at = shared.partials_apart ? rings : 0;
+    shared.barriers_at = shared.partials_apart ? rings + partials : (rings > partials ? rings : partials);
+    shared.bytes = shared.barriers_at + barriers;
+    return shared;
+  }
+  // Groups of eight tokens whose sums one CTA of a tile's makes.
+  DISAGG_LINEAR_HD static int slice_columns(const LinearPlan& plan) {
+    return (plan.tokens / 8 + plan.splits - 1) / plan.splits;
+  }
+};
+
+// ---- host ----
+
+// Why a product of these sizes is not for this; nullptr where it is.
+[[nodiscard]] inline const char* check_linear(int rows, int n, int k, bool gated) {
+  if (rows > kLinearMaxRows) return "x has more than 256 rows";
+  if (k < kLinearDepth || k % kLinearDepth != 0) return "k must be a multiple of 64";
+  if (n < kLinearTile || n % kLinearTile != 0) return "n must be a multiple of 64";
+  if (gated && n % 16 != 0) return "gate and up must be interleaved by eight rows";
+  if (static_cast<std::int64_t>(n) * (k / kLinearDepth) >= std::int64_t{1} << 31) return "the weight is too large";
+  return nullptr;
+}
+
+// Decided by the sizes alone.
+[[nodiscard]] inline LinearPlan plan_linear(int rows, int n, int k, int num_sms) {
+  LinearPlan plan{.tokens = *std::ranges::find_if(kLinearTokens, [rows](int tokens) { return tokens >= rows; }),
+                  .groups = 1,
+                  .multicast = 1,
+                  .splits = 1,
+                  .slices = 1,
+                  .w_stages = 1,
+                  .x_stages = 1};
+  const int depth = k / kLinearDepth;
+  // A tile of 128 rows halves what is read of x, which for many rows is more than the weight.
+  if (plan.tokens > 64 && static_cast<std::int64_t>(n) * k > std::int64_t{8} << 20) plan.groups = 2;
+  const int tiles = linear_tiles(n, plan.groups);
+  while (plan.splits < 8 && tiles * plan.splits * 2 <= num_sms && depth >= plan.splits * 4) plan.splits *= 2;
+  const auto can_share = [&](int ctas) {
+    return tiles % ctas == 0 && ctas * plan.splits <= 8 && plan.tokens % (8 * ctas) == 0;
+  };
+  plan.slices = tiles * plan.splits;
+  if (plan.slices > num_sms || (plan.splits < 8 && plan.slices * 10 < num_sms * 7 && depth > 8)) {
+    // Equal parts for all SMs, wherever they cut.
+    plan.splits = 1;
+    plan.multicast = tiles > 1 ? 2 : 1;
+    plan.slices = std::min(num_sms / plan.multicast, linear_units(n, k, plan));
+  } else {
+    plan.multicast = can_share(4) ? 4 : can_share(2) ? 2 : 1;
+    plan.slices /= plan.multicast;
+  }
+  const int each = (linear_units(n, k, plan) + plan.slices - 1) / plan.slices;
+  plan.x_stages = std::min(each, plan.tokens > 192 && plan.groups == 1 ? 3 : 4);
+  // In half of an SM's memory, beside which the next product's weights can come in meanwhile.
+  const int limit = plan.groups == 1 && plan.tokens <= 64 ? 113 * 1024 : kLinearSharedLimit;
+  for (plan.w_stages = std::min(each, 16); plan.w_stages > 2; --plan.w_stages)
+    if (LinearShared::of(plan, kLinearSharedLimit).bytes <= limit) break;
+  return plan;
+}
+
+// Zeroed before its first use; products that are ordered in a stream may share it. 0 where none is needed.
+[[nodiscard]] inline std::size_t linear_workspace_bytes(const LinearPlan& plan, int n, int k) {
+  if (plan.splits > 1 || linear_units(n, k, plan) / (k / kLinearDepth) % plan.slices == 0) return 0;
+  return kLinearFlagBytes + static_cast<std::size_t>(plan.ctas()) * static_cast<std::size_t>(plan.tokens / 8) *
+                                static_cast<std::size_t>(128 * plan.groups) * 16;
+}
+
+// Why a plan does not fit the sizes; nullptr where it does.
+[[nodiscard]] inline const char* check_linear_plan(const LinearPlan& plan, int rows, int n, int k) {
+  if (plan.tokens < rows || std::ranges::find(kLinearTokens, plan.tokens) == std::end(kLinearTokens))
+    return "a plan's tokens must be one of the sizes, and at least the rows";
+  if (plan.groups != 1 && plan.groups != 2) return "a plan's groups must be 1 or 2";
+  if (plan.multicast < 1 || plan.splits < 1 || plan.cluster() > 8 || !std::has_single_bit(static_cast<unsigned>(plan.multicast)))
+    return "a plan's cluster must be at most 8 CTAs, and multicast a power of two";
+  if (plan.tokens % (8 * plan.multicast) != 0) return "a plan's CTAs must share x by eight tokens";
+  const int units = linear_units(n, k, plan), depth = k / kLinearDepth;
+  if (plan.slices < 1 || plan.slices > units || static_cast<std::int64_t>(units) * plan.slices >= std::int64_t{1} << 31) return "a plan's slices must each have a unit";
+  if (plan.splits > 1 && (plan.slices != units / depth * plan.splits || plan.splits > depth))
+    return "a plan's clusters must have a tile each";
+  if (linear_workspace_bytes(plan, n, k) > 0 && plan.ctas() > kLinearMaxCtas)
+    return "a plan that cuts tiles must have at most 1024 CTAs";
+  // A stage is free when the product after it has begun.
+  const int least = std::min(2, (units + plan.slices - 1) / plan.slices);
+  if (plan.w_stages < least || plan.x_stages < least || plan.w_stages > 32 || plan.x_stages > 32)
+    return "a plan's stages must be 2 to 32";
+  if (LinearShared::of(plan, kLinearSharedLimit).bytes > kLinearSharedLimit) return "a plan's stages do not fit";
+  return nullptr;
+}
+
+}  // namespace disagg::cuda
