@@ -20,8 +20,8 @@ def rms_norm(
     `out` may be `x`.
     """
 
-def silu_and_mul(gate_up: Tensor, out: Tensor, stream: int) -> None:
-    """`out[rows, n] = silu(gate_up[:, :n]) * gate_up[:, n:]`."""
+def silu_and_mul(gate_up: Tensor, out: Tensor, interleaved: bool, stream: int) -> None:
+    """`out[rows, n] = silu(gate_up[:, :n]) * gate_up[:, n:]`; or of eights of gate and up in turn."""
 
 def rope_and_store(
     q: Tensor,

@@ -167,7 +167,7 @@ def layer(name: str, rows: int, ours: Ours, rounds: int) -> dict[str, float | st
             mm(attended, w_o, delta)
             _cuda.rms_norm(delta, residual, norm, normed, 1e-6, stream())
             mm(normed, w_gate_up, gate_up)
-            _cuda.silu_and_mul(gate_up, gated, stream())
+            _cuda.silu_and_mul(gate_up, gated, False, stream())
             mm(gated, w_down, delta)
             _cuda.rms_norm(delta, residual, norm, normed, 1e-6, stream())
 

@@ -59,12 +59,16 @@ void rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tens
   check(cuda::rms_norm(dtype_of(x), args, x.size(0), stream_of(stream)));
 }
 
-void silu_and_mul(const Tensor& gate_up, const Tensor& out, std::uintptr_t stream) {
+void silu_and_mul(const Tensor& gate_up, const Tensor& out, bool interleaved, std::uintptr_t stream) {
   require(gate_up.ndim() == 2 && gate_up.packed_from(1) && out.ndim() == 2 && out.packed_from(0) &&
               out.same_dtype(gate_up) && out.size(0) == gate_up.size(0) && 2 * out.size(1) == gate_up.size(1),
           "gate_up must be [rows, 2 n] and out [rows, n], of one type, with contiguous rows");
-  const cuda::SiluArgs args{
-      .gate_up = gate_up.data(), .stride = gate_up.stride(0), .out = out.data(), .n = out.size(1)};
+  require(!interleaved || out.size(1) % 8 == 0, "gate and up are interleaved by eights");
+  const cuda::SiluArgs args{.gate_up = gate_up.data(),
+                            .stride = gate_up.stride(0),
+                            .out = out.data(),
+                            .n = out.size(1),
+                            .interleaved = interleaved};
   check(cuda::silu_and_mul(dtype_of(out), args, out.size(0), stream_of(stream)));
 }
 
@@ -179,7 +183,7 @@ NB_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels for Hopper: row operators, sampling and attention over the paged KV pool.";
 
   m.def("rms_norm", &b::rms_norm, "x"_a, "residual"_a.none(), "weight"_a, "out"_a, "eps"_a, "stream"_a);
-  m.def("silu_and_mul", &b::silu_and_mul, "gate_up"_a, "out"_a, "stream"_a);
+  m.def("silu_and_mul", &b::silu_and_mul, "gate_up"_a, "out"_a, "interleaved"_a, "stream"_a);
   m.def("rope_and_store", &b::rope_and_store, "q"_a, "k"_a, "v"_a, "positions"_a, "cos_sin"_a, "pool"_a, "layer"_a,
         "token_pages"_a, "token_offsets"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "stream"_a);
   m.def("sample", &b::sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "keys"_a, "slots"_a,

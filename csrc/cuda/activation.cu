@@ -21,7 +21,7 @@ template <class T, int N, int V>
 __global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(const SiluArgs args) {
   const std::int64_t row = blockIdx.x;
   const T* gate = static_cast<const T*>(args.gate_up) + row * args.stride;
-  const T* up = gate + args.n;
+  const std::int64_t to_up = args.interleaved ? 8 : args.n;
   T* out = static_cast<T*>(args.out) + row * args.n;
   const std::int64_t first = (static_cast<std::int64_t>(blockIdx.y) * V * kThreads + threadIdx.x) * N;
   begin();
@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(const SiluArgs a
   for (int v = 0; v < V; ++v) {
     const std::int64_t i = first + v * kThreads * N;
     if (i >= args.n) continue;
-    gates[v] = Pack<T, N>::load(gate + i);
-    ups[v] = Pack<T, N>::load(up + i);
+    const std::int64_t at = args.interleaved ? 2 * i - i % 8 : i;
+    gates[v] = Pack<T, N>::load(gate + at);
+    ups[v] = Pack<T, N>::load(gate + at + to_up);
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {

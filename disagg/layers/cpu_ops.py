@@ -61,6 +61,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         _cpu.linear(x, weight, bias, out, torch.get_num_threads())
 
 
+def linear_add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    delta: Tensor,
+    out: Tensor,
+) -> None:
+    """See ops."""
+    linear(x, weight, bias, delta)
+    add_rms_norm(delta, residual, norm, eps, out)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None, gate_up: Tensor, out: Tensor) -> None:
+    """See ops."""
+    linear(x, weight, bias, gate_up)
+    silu_and_mul(gate_up, out)
+
+
+def pack_gate_up(weight: Tensor) -> Tensor:
+    """See ops."""
+    return pack_linear(weight) if weight.ndim == 2 else weight
+
+
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
     """See ops."""
     if weight.ndim == 2:

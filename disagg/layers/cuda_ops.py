@@ -1,26 +1,39 @@
-"""The operators of `ops.py` by the CUDA kernels of csrc/cuda; matrix products are cuBLAS's, by torch.
+"""The operators of `ops.py` by the CUDA kernels of csrc/cuda; large matrix products are cuBLAS's, by torch.
 
-Importing it needs `disagg._cuda`. Nothing here waits for the device or allocates, so all of it may be
-captured in a CUDA graph. Sampling is only here: on the CPU it is numpy's work.
+Importing it needs `disagg._cuda`. Nothing here waits for the device or, after the first call on a stream,
+allocates, so all of it may be captured in a CUDA graph. Sampling is only here: on the CPU it is numpy's
+work.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 from disagg import _cuda
-from disagg.layers.torch_ops import linear, pack_linear
+from disagg.layers import torch_ops
+from disagg.layers.torch_ops import pack_linear
 
 __all__ = [
     "add_rms_norm",
     "embedding",
     "gather_tokens",
     "linear",
+    "linear_add_rms_norm",
+    "linear_silu_and_mul",
+    "pack_gate_up",
     "pack_linear",
     "rms_norm",
     "rope_and_store",
     "sample",
     "silu_and_mul",
 ]
+
+MAX_ROWS = 256
+MAX_WEIGHT = 1 << 27
+"""Elements; past them, a vocabulary's, there is nothing to gain."""
+WORKSPACE_BYTES = 20 << 20
+"""What a plan of 256 rows needs on a GPU with 144 multiprocessors."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -58,7 +71,46 @@ def rope_and_store(
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
     """See ops."""
-    _cuda.silu_and_mul(gate_up, out, _stream(gate_up))
+    _cuda.silu_and_mul(gate_up, out, False, _stream(gate_up))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """See ops. `weight` must have been written long before: it is loaded ahead of earlier kernels' end."""
+    if not _linear(x, weight, bias, out):
+        torch_ops.linear(x, weight, bias, out)
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    delta: Tensor,
+    out: Tensor,
+) -> None:
+    """See ops."""
+    if _linear(x, weight, bias, residual, residual=residual):
+        rms_norm(residual, norm, eps, out)
+    else:
+        torch_ops.linear(x, weight, bias, delta)
+        add_rms_norm(delta, residual, norm, eps, out)
+
+
+def pack_gate_up(weight: Tensor) -> Tensor:
+    """See ops. Eight rows of gate, eight of up, and so on, so that both of a pair are in one thread."""
+    if weight.shape[0] % 16:
+        return weight
+    eights = weight.view(2, -1, 8, *weight.shape[1:]).transpose(0, 1)
+    return weight.copy_(eights.clone(memory_format=torch.contiguous_format).view(weight.shape))
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None, gate_up: Tensor, out: Tensor) -> None:
+    """See ops."""
+    if not _linear(x, weight, bias, out, gated=True):
+        torch_ops.linear(x, weight, bias, gate_up)
+        _cuda.silu_and_mul(gate_up, out, gate_up.shape[1] % 16 == 0, _stream(x))
 
 
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -100,6 +152,41 @@ def sample(
     """
     filters = (temperature, top_k, top_p, min_p)
     _cuda.sample(logits, *filters, keys, slots, out, last_tokens, _stream(logits))
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> bool:
+    """Multiply by our kernel, if that is the faster one for these sizes; tells whether it did."""
+    if x.dtype != torch.bfloat16:
+        return False
+    plan = _plan(len(x), *weight.shape, gated, x.device.index)
+    if plan is None or not (x.is_contiguous() and out.is_contiguous()):
+        return False
+    stream = _stream(x)
+    workspace = _workspace(x.device.index, stream)
+    _cuda.linear(x, weight, bias, residual, out, gated, plan, workspace, stream)
+    return True
+
+
+@functools.cache
+def _plan(rows: int, n: int, k: int, gated: bool, device: int) -> _cuda.LinearPlan | None:
+    """How our kernel divides a product; None where cuBLAS is faster, or ours does not know the sizes."""
+    if not 0 < rows <= MAX_ROWS or n % 64 or k % 64 or n * k > MAX_WEIGHT:
+        return None
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return _cuda.plan_linear(rows, n, k, gated, sms)
+
+
+@functools.cache
+def _workspace(device: int, stream: int) -> Tensor:
+    """Room for sums of one stream's products, which it orders."""
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device))
 
 
 def _stream(x: Tensor) -> int:

@@ -51,6 +51,24 @@ class _Ops(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
 
+    def linear_add_rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        delta: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+    def pack_gate_up(self, weight: Tensor) -> Tensor: ...
+
+    def linear_silu_and_mul(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, gate_up: Tensor, out: Tensor
+    ) -> None: ...
+
     def embedding(self, token_ids: Tensor, weight: Tensor, out: Tensor) -> None: ...
 
 
@@ -167,6 +185,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         out = x.new_empty((x.shape[0], weight.shape[0] * (1 if weight.ndim == 2 else weight.shape[2])))
     _ops_for(x).linear(x, weight, bias, out)
     return out
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    delta: Tensor,
+    out: Tensor,
+) -> None:
+    """Add `x @ weight.T + bias` to `residual` in place; `out` takes the sum's norm, times `norm`.
+
+    `delta` is room for the product, shaped as `residual`, of whose contents nothing is known afterwards.
+    """
+    _ops_for(x).linear_add_rms_norm(x, weight, bias, residual, norm, eps, delta, out)
+
+
+def pack_gate_up(weight: Tensor) -> Tensor:
+    """Turn rows of gate, then up, or their bias, into the form that `linear_silu_and_mul` reads fastest.
+
+    In place, as `pack_linear`: `weight` itself must not be used again.
+    """
+    return _ops_for(weight).pack_gate_up(weight)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None, gate_up: Tensor, out: Tensor) -> None:
+    """`silu(gate) * up` into `out`, of `x @ weight.T + bias`; weight and bias are from `pack_gate_up`.
+
+    `gate_up` is room for the product, of whose contents nothing is known afterwards.
+    """
+    _ops_for(x).linear_silu_and_mul(x, weight, bias, gate_up, out)
 
 
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ class LayerWeights(Struct, frozen=True, kw_only=True):
     output: Tensor
     mlp_norm: Tensor
     gate_up: Tensor
-    """Rows of gate, then up."""
+    """Of `ops.pack_gate_up`, as its bias."""
     down: Tensor
     qkv_bias: Tensor | None = None
     output_bias: Tensor | None = None
@@ -126,13 +126,11 @@ class Decoder:
                 # The rest of the last layer acts on each token alone.
                 attended, residual = attended[logits_at], residual[logits_at]
                 x = self._workspace.activations(num_logits)
-            ops.linear(attended.flatten(1), layer.output, layer.output_bias, out=x.delta)
-            ops.add_rms_norm(self._sum(x.delta), residual, layer.mlp_norm, eps, out=x.normed)
-            ops.linear(x.normed, layer.gate_up, layer.gate_up_bias, out=x.gate_up)
-            ops.silu_and_mul(x.gate_up, out=x.gated)
-            ops.linear(x.gated, layer.down, layer.down_bias, out=x.delta)
+            hidden = attended.flatten(1)
+            self._add(hidden, layer.output, layer.output_bias, residual, layer.mlp_norm, x)
+            ops.linear_silu_and_mul(x.normed, layer.gate_up, layer.gate_up_bias, x.gate_up, x.gated)
             next_norm = self._final_norm if i == last else self._layers[i + 1].input_norm
-            ops.add_rms_norm(self._sum(x.delta), residual, next_norm, eps, out=x.normed)
+            self._add(x.gated, layer.down, layer.down_bias, residual, next_norm, x)
         return self._logits(x.normed[:num_logits])
 
     def _embed(self, token_ids: Tensor, out: Tensor) -> Tensor:
@@ -164,8 +162,22 @@ class Decoder:
             eps=self.spec.rms_eps,
         )
 
-    def _sum(self, partial: Tensor) -> Tensor:
-        return self.tp.all_reduce(partial)
+    def _add(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        x: Activations,
+    ) -> None:
+        """Project, add what all ranks have of it to the residual, and norm that into `x.normed`."""
+        eps = self.spec.rms_eps
+        if self.tp.size == 1:
+            ops.linear_add_rms_norm(hidden, weight, bias, residual, norm, eps, x.delta, x.normed)
+        else:
+            ops.linear(hidden, weight, bias, out=x.delta)
+            ops.add_rms_norm(self.tp.all_reduce(x.delta), residual, norm, eps, out=x.normed)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of the whole vocabulary on rank 0. Nothing is exchanged for no rows."""

@@ -67,8 +67,13 @@ def load_model(
             source = CheckpointSource(read_index(files.path), reader)
         tensors = fill(parameters, source, whole_shapes(spec), torch.device(device), dtype, progress)
     # In place, so it takes no more memory.
-    packed = {key: ops.pack_linear(t) if t.ndim == 2 else t for key, t in tensors.items()}
-    return _assemble(spec, tp, packed)
+    return _assemble(spec, tp, {key: _pack(key, tensor) for key, tensor in tensors.items()})
+
+
+def _pack(key: str, tensor: Tensor) -> Tensor:
+    if key.endswith(("gate_up", "gate_up_bias")):
+        return ops.pack_gate_up(tensor)
+    return ops.pack_linear(tensor) if tensor.ndim == 2 else tensor
 
 
 def _assemble(spec: ModelSpec, tp: TensorParallel, tensors: dict[str, Tensor]) -> Decoder:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from disagg import _cuda
+from disagg.layers import ops
 from support.gpu import Guarded, assert_near, call, random
 
 BF16 = torch.bfloat16
@@ -191,3 +192,24 @@ def test_what_it_does_not_take_is_refused() -> None:
         product.run(x, out[:, :64])
     with pytest.raises(ValueError, match="x must be"):
         product.run(x.float(), out)
+
+
+@pytest.mark.parametrize("rows", [5, 256, 300])
+def test_operators_of_a_layer_by_both_ways(rows: int) -> None:
+    """Few rows by our kernel, many by cuBLAS: of the same packed weights, with and without a bias."""
+    down, gate_up = (
+        random(*s, dtype=BF16, seed=i) / s[1] ** 0.5 for i, s in enumerate(((320, 192), (768, 320)))
+    )
+    norm, gate_up_bias = random(320, dtype=BF16, seed=3), random(768, dtype=BF16, seed=4)
+    packed, packed_bias = (ops.pack_gate_up(t.clone()) for t in (gate_up, gate_up_bias))
+    torch.cuda.synchronize()
+    x, residual = random(rows, 192, dtype=BF16, seed=5), random(rows, 320, dtype=BF16, seed=6)
+    summed, normed, gated = residual.clone(), torch.empty_like(residual), x.new_empty(rows, 384)
+    ops.linear_add_rms_norm(x, down, None, summed, norm, 1e-6, torch.empty_like(residual), normed)
+    check("linear + residual", summed, residual.double() + x.double() @ down.double().t(), roundings=2)
+    assert torch.equal(normed, ops.rms_norm(summed, norm, 1e-6))
+    for bias, used in ((None, None), (gate_up_bias, packed_bias)):
+        ops.linear_silu_and_mul(normed, packed, used, x.new_empty(rows, 768), gated)
+        sums = normed.double() @ gate_up.double().t() + (0 if bias is None else bias.double())
+        gate, up = sums.chunk(2, 1)
+        check("gated linear", gated, torch.nn.functional.silu(gate) * up, roundings=2)

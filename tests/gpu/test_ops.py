@@ -76,9 +76,14 @@ def test_rms_norm_of_parts_of_wider_rows_unaligned_and_in_place(dtype: torch.dty
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_silu_and_mul(rows: int, n: int, dtype: torch.dtype, captured: bool) -> None:
     gate_up, out = random(rows, 2 * n, dtype=dtype, seed=n) * 4, Guarded(rows, n, dtype=dtype)
-    call(lambda: _cuda.silu_and_mul(gate_up, out.tensor, stream()), captured)
+    call(lambda: _cuda.silu_and_mul(gate_up, out.tensor, False, stream()), captured)
     gate, up = gate_up.double().chunk(2, -1)
     assert_near("silu_and_mul", out.check(), torch.nn.functional.silu(gate) * up)
+    if n % 8 == 0:
+        eights = gate_up.view(rows, 2, n // 8, 8).transpose(1, 2).reshape(rows, 2 * n)
+        got = Guarded(rows, n, dtype=dtype)
+        call(lambda: _cuda.silu_and_mul(eights, got.tensor, True, stream()), captured)
+        assert torch.equal(got.check(), out.tensor)
 
 
 @TYPES
@@ -270,4 +275,6 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(ValueError, match=r"must be|wrong"):
         _cuda.rms_norm(tensors[0], None, tensors[1], tensors[2], 1e-6, stream())
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
-        _cuda.silu_and_mul(*(torch.zeros(2, n, dtype=torch.int32, device="cuda") for n in (8, 4)), stream())
+        _cuda.silu_and_mul(
+            *(torch.zeros(2, n, dtype=torch.int32, device="cuda") for n in (8, 4)), False, stream()
+        )

@@ -20,4 +20,30 @@ def test_its_functions_are_those_that_its_types_name() -> None:
 def test_only_cuda_tensors_are_taken() -> None:
     """A pointer to host memory would end the whole process."""
     with pytest.raises(TypeError):
-        _cuda.silu_and_mul(torch.zeros(1, 2), torch.zeros(1, 1), 0)
+        _cuda.silu_and_mul(torch.zeros(1, 2), torch.zeros(1, 1), False, 0)
+
+
+def test_gate_and_up_are_interleaved_by_eights() -> None:
+    """The kernel has a gate and its up in one thread only so."""
+    cuda_ops = pytest.importorskip("disagg.layers.cuda_ops")
+    rows = torch.arange(32)
+    want = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
+    for weight in (rows, rows[:, None].expand(32, 3)):
+        packed = cuda_ops.pack_gate_up(weight.clone())
+        assert torch.equal(packed, weight[torch.tensor(want)])
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 240, 256])
+@pytest.mark.parametrize(("n", "k"), [(4096, 1024), (1024, 2048), (28672, 4096), (64, 64)])
+def test_a_plan_of_a_product_fits_its_sizes(n: int, k: int, rows: int) -> None:
+    plan = _cuda.plan_linear(rows, n, k, False, 132)
+    assert plan.tokens >= rows
+    assert plan.slices * plan.multicast <= 132
+    assert plan.multicast * plan.splits <= 8
+    assert _cuda.linear_workspace_bytes(plan, n, k) < 20 << 20
+
+
+def test_products_of_other_sizes_have_no_plan() -> None:
+    for rows, n, k in ((257, 64, 64), (1, 96, 64), (1, 64, 96), (1, 64, 0)):
+        with pytest.raises(ValueError, match=r"must be|more than"):
+            _cuda.plan_linear(rows, n, k, False, 132)
