@@ -180,6 +180,11 @@ def linear(
     residual: Tensor | None,
     out: Tensor,
     gated: bool,
+    squares: Tensor | None,
+    eps: float,
+    squares_out: Tensor | None,
+    norm: Tensor | None,
+    normed: Tensor | None,
     plan: LinearPlan,
     workspace: Tensor,
     stream: int,
@@ -187,6 +192,9 @@ def linear(
     """`out = x @ weight.T + bias + residual` in bfloat16, for at most 256 rows; sums are float32.
 
     `gated`: the weight has eight rows of gate, eight of up, and so on; `out = silu(gate) * up`. `residual`
-    may be `out`. The weight is loaded before the kernel that precedes this has ended, so it must have been
-    written, and the device synchronized, long before.
+    may be `out`. With `squares_out`, float32 `[n / 64, 256]`, a row's sums of squares of `out` go there and
+    `out * norm` to `normed`, which wants a plan with splits. A product that takes `normed` as x, and those as
+    `squares`, has its sums divided by the root mean square: RMSNorm without a kernel. The weight is loaded
+    before the kernel that precedes this has ended, so it must have been written, and the device synchronized,
+    long before.
     """

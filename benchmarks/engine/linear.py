@@ -27,6 +27,8 @@ LAYERS = {  # qkv, output, gate and up, down: [n, k]
 }
 ROWS = (8, 40, 64, 96, 128, 160, 192, 240)
 WEIGHT_BYTES = 400 << 20
+Norm = tuple[Tensor | None, float, Tensor | None, Tensor | None, Tensor | None]
+PLAIN: Norm = (None, 1e-6, None, None, None)
 
 
 def replay_us(step: Callable[[], None], count: int, rounds: int) -> float:
@@ -68,12 +70,19 @@ class Ours:
         self.plans: dict[tuple[int, ...], _cuda.LinearPlan] = {}
 
     def __call__(
-        self, x: Tensor, w: Tensor, out: Tensor, residual: Tensor | None = None, gated: bool = False
+        self,
+        x: Tensor,
+        w: Tensor,
+        out: Tensor,
+        residual: Tensor | None = None,
+        gated: bool = False,
+        norm: Norm | None = None,
     ) -> None:
         key = (len(x), *w.shape)
         if key not in self.plans:
             self.plans[key] = _cuda.plan_linear(*key, gated, self.sms)
-        _cuda.linear(x, w, None, residual, out, gated, self.plans[key], self.workspace, stream())
+        plan = self.plans[key]
+        _cuda.linear(x, w, None, residual, out, gated, *(norm or PLAIN), plan, self.workspace, stream())
 
 
 def floor_us(rows: int, n: int, k: int) -> float:
@@ -134,7 +143,7 @@ def one(rows: int, n: int, k: int, ours: Ours, rounds: int, sweep: bool) -> dict
             tried = by(
                 partial(
                     lambda w, plan: _cuda.linear(
-                        x, w, None, None, out, False, plan, ours.workspace, stream()
+                        x, w, None, None, out, False, *PLAIN, plan, ours.workspace, stream()
                     ),
                     plan=plan,
                 )
@@ -180,11 +189,23 @@ def layer(name: str, rows: int, ours: Ours, rounds: int) -> dict[str, float | st
             ours(gated, w_down, residual, residual)
             _cuda.rms_norm(residual, None, norm, normed, 1e-6, stream())
 
+    squares = torch.ones(hidden // 64, 256, device="cuda")
+    taken, left = (squares, 1e-6, None, None, None), (None, 1e-6, squares, norm, normed)
+
+    def normed_inside() -> None:
+        for w_qkv, w_o, w_gate_up, w_down in ws:
+            ours(normed, w_qkv, qkv, norm=taken)
+            ours(attended, w_o, residual, residual, norm=left)
+            ours(normed, w_gate_up, gated, gated=True, norm=taken)
+            ours(gated, w_down, residual, residual, norm=left)
+
     cublas = replay_us(lambda: step(lambda x, w, out: torch.mm(x, w.t(), out=out)), len(ws), rounds)
     plain = replay_us(lambda: step(ours), len(ws), rounds)
     inside = replay_us(fused, len(ws), rounds)
-    print(f"{name:<14}{rows:>5}{cublas:>9.1f}{plain:>9.1f}{inside:>9.1f}", flush=True)
-    return {"layer": name, "rows": rows, "cublas_us": cublas, "ours_us": plain, "fused_us": inside}
+    all_inside = replay_us(normed_inside, len(ws), rounds)
+    print(f"{name:<14}{rows:>5}{cublas:>9.1f}{plain:>9.1f}{inside:>9.1f}{all_inside:>9.1f}", flush=True)
+    result: dict[str, float | str] = {"layer": name, "rows": rows, "cublas_us": cublas, "ours_us": plain}
+    return result | {"fused_us": inside, "normed_us": all_inside}
 
 
 def main() -> None:
@@ -204,7 +225,7 @@ def main() -> None:
     for n, k in a.shape or [shape for model in models for shape in LAYERS[model]]:
         for rows in a.rows:
             results.append(one(rows, n, k, ours, a.rounds, a.sweep))
-    print(f"{'layer':<14}{'rows':>5}{'cuBLAS':>9}{'ours':>9}{'fused':>9}")
+    print(f"{'layer':<14}{'rows':>5}{'cuBLAS':>9}{'ours':>9}{'fused':>9}{'normed':>9}")
     for model, rows in product(() if a.shape else models, a.rows):
         results.append(layer(model, rows, ours, a.rounds))
     if a.json:

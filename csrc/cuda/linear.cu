@@ -33,6 +33,12 @@ struct Params {
   const __nv_bfloat16* bias;
   const __nv_bfloat16* residual;
   int64_t residual_stride;
+  const float* squares;
+  float inverse_k, eps;
+  float* squares_out;
+  const __nv_bfloat16* norm;
+  __nv_bfloat16* normed;
+  int64_t normed_stride;
   bool gated;
   uint32_t* flags;  // [ctas, kLinearMaxWarps]; 0 between launches
   float4* parts;    // [ctas, tokens / 8, threads]
@@ -59,11 +65,16 @@ __device__ __forceinline__ float gate_times(float gate, float up) {
 // What becomes of a warp's sums of 16 features: rows `feature` to `feature + 15` of the weight.
 class Output {
  public:
-  __device__ Output(const Params& p, int feature)
-      : p_(p), feature_(feature), row_(threadIdx.x % 32 / 4), column_(threadIdx.x % 4 * 2) {
+  // `factors`, in shared memory, are of all tokens.
+  __device__ Output(const Params& p, int feature, const float* factors)
+      : p_(p), factors_(factors), feature_(feature), row_(threadIdx.x % 32 / 4), column_(threadIdx.x % 4 * 2) {
     if (p.bias != nullptr && feature < p.n) {
       bias_[0] = to_float(p.bias[feature + row_]);
       bias_[1] = to_float(p.bias[feature + 8 + row_]);
+    }
+    if (p.norm != nullptr && feature < p.n) {
+      norm_[0] = to_float(p.norm[feature + row_]);
+      norm_[1] = to_float(p.norm[feature + 8 + row_]);
     }
   }
 
@@ -78,9 +89,14 @@ class Output {
     residual[1] = __ldcg(from + 4);
   }
 
-  // Sums as `multiply` has them, of tokens 8 * group to 8 * group + 7. For the whole warp.
-  __device__ __forceinline__ void write(float a, float b, float c, float d, const uint32_t (&residual)[2],
-                                        int group) const {
+  // Sums as `multiply` has them, of tokens 8 * group to 8 * group + 7. For the whole warp. Returns the
+  // squares of what it writes: of tokens column_ and the next, summed over this thread's features.
+  __device__ __forceinline__ float2 write(float a, float b, float c, float d, const uint32_t (&residual)[2],
+                                          int group) const {
+    if (p_.squares != nullptr) {
+      const float2 factor = *reinterpret_cast<const float2*>(factors_ + group * 8 + column_);
+      a *= factor.x, b *= factor.y, c *= factor.x, d *= factor.y;
+    }
     a += bias_[0], b += bias_[0], c += bias_[1], d += bias_[1];
     const int token = group * 8 + row_;
     const bool is_live = token < p_.rows && feature_ < p_.n;
@@ -88,22 +104,33 @@ class Output {
     if (p_.gated) {
       const uint32_t pair = transposed(pack(gate_times(a, c), gate_times(b, d)));
       if (is_live) *reinterpret_cast<uint32_t*>(to + feature_ / 2) = pair;
-      return;
+      return {};
     }
     if (p_.residual != nullptr) {
       const uint32_t low = transposed(residual[0]), high = transposed(residual[1]);
       a += low_of(low), b += high_of(low), c += low_of(high), d += high_of(high);
     }
-    const uint32_t low = transposed(pack(a, b)), high = transposed(pack(c, d));
+    const uint32_t low = pack(a, b), high = pack(c, d);
+    store(to, low, high, is_live);
+    if (p_.normed == nullptr) return {};
+    a = low_of(low), b = high_of(low), c = low_of(high), d = high_of(high);
+    store(p_.normed + token * p_.normed_stride + column_, pack(a * norm_[0], b * norm_[0]),
+          pack(c * norm_[1], d * norm_[1]), is_live);
+    return {a * a + c * c, b * b + d * d};
+  }
+
+ private:
+  __device__ __forceinline__ void store(__nv_bfloat16* to, uint32_t low, uint32_t high, bool is_live) const {
+    low = transposed(low), high = transposed(high);
     if (!is_live) return;
     *reinterpret_cast<uint32_t*>(to + feature_) = low;
     *reinterpret_cast<uint32_t*>(to + feature_ + 8) = high;
   }
 
- private:
   const Params& p_;
+  const float* factors_;
   int feature_, row_, column_;
-  float bias_[2] = {};
+  float bias_[2] = {}, norm_[2] = {};
 };
 
 // A place in a ring of stages, and the parity of the round, in one register.
@@ -119,6 +146,12 @@ class Stage {
  private:
   uint32_t bits_ = 0;
 };
+
+// Of the threads that multiply.
+template <int kThreads>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
 
 template <int kTokens, int kGroups>
 __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <= 128 ? 2 : 1)
@@ -207,6 +240,16 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
   } else {
     cluster_sync();
     wait_for_earlier_kernels();
+    float* factors = reinterpret_cast<float*>(dynamic_shared + p.shared.factors_at);
+    if (p.squares != nullptr) {
+      for (int token = threadIdx.x; token < p.rows; token += kThreads) {
+        float sum = 0;
+#pragma unroll 16
+        for (int part = 0; part < p.depth; ++part) sum += __ldcg(p.squares + part * kLinearMaxRows + token);
+        factors[token] = 1.0f / sqrtf(sum * p.inverse_k + p.eps);
+      }
+      consumers_sync<kThreads>();
+    }
     const int group = warp / 4;
     const auto feature_of = [&](int tile) {
       return ((tile * multicast + member) * kGroups + group) * kLinearTile + warp % 4 * 16;
@@ -258,9 +301,9 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
           }
         }
         const int first = split * per, last = min(first + per, columns);
-        const Output output(p, feature_of(walk.tile()));
+        const Output output(p, feature_of(walk.tile()), factors);
         cluster_sync();
-        const float4* from = reinterpret_cast<const float4*>(dynamic_shared + p.shared.partials_at) + threadIdx.x;
+        float4* from = reinterpret_cast<float4*>(dynamic_shared + p.shared.partials_at) + threadIdx.x;
 #pragma unroll 1
         for (int base = first; base < last; base += kAtOnce) {
           uint32_t residual[kAtOnce][2];
@@ -274,7 +317,27 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
               const float4 part = from[(other * per + base + i - first) * kThreads];
               sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
             }
-            output.write(sum.x, sum.y, sum.z, sum.w, residual[i], base + i);
+            float2 squares = output.write(sum.x, sum.y, sum.z, sum.w, residual[i], base + i);
+            if (p.squares_out == nullptr) continue;
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) {
+              squares.x += __shfl_xor_sync(kAll, squares.x, step);
+              squares.y += __shfl_xor_sync(kAll, squares.y, step);
+            }
+            // In this thread's own place of the first slice's part, which it has read.
+            *reinterpret_cast<float2*>(from + (base + i - first) * kThreads) = squares;
+          }
+        }
+        if (p.squares_out != nullptr) {
+          consumers_sync<kThreads>();
+          // A thread a token: four warps have 16 features each, and four lanes two tokens each.
+          const int part = feature_of(walk.tile()) / kLinearTile, of_group = threadIdx.x % 128;
+          const float* warps = reinterpret_cast<const float*>(dynamic_shared + p.shared.partials_at) + group * 128 * 4;
+          for (int i = of_group; i < (last - first) * 8; i += 128) {
+            const float* at = warps + (i / 8 * kThreads + i % 8 / 2) * 4 + i % 2;
+            const int token = first * 8 + i;
+            if (token < p.rows && part * kLinearTile < p.n)
+              p.squares_out[part * kLinearMaxRows + token] = at[0] + at[32 * 4] + at[64 * 4] + at[96 * 4];
           }
         }
         return;
@@ -320,7 +383,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
         __syncwarp();
         if (lane == 0) *flag = 0;  // for the next launch, which waits for the end of this grid
       }
-      const Output output(p, feature_of(walk.tile()));
+      const Output output(p, feature_of(walk.tile()), factors);
       constexpr int kNow = kTokens > 224 ? 2 : kAtOnce;  // beside all sums, registers are few
 #pragma unroll
       for (int base = 0; base < kColumns; base += kNow) {
@@ -381,6 +444,13 @@ cudaError_t run(const LinearArgs& args, const LinearPlan& plan, cudaStream_t str
                       .bias = static_cast<const __nv_bfloat16*>(args.bias),
                       .residual = static_cast<const __nv_bfloat16*>(args.residual),
                       .residual_stride = args.residual_stride,
+                      .squares = args.squares,
+                      .inverse_k = 1.0f / static_cast<float>(args.k),
+                      .eps = args.eps,
+                      .squares_out = args.squares_out,
+                      .norm = static_cast<const __nv_bfloat16*>(args.norm),
+                      .normed = static_cast<__nv_bfloat16*>(args.normed),
+                      .normed_stride = args.normed_stride,
                       .gated = args.gated,
                       .flags = static_cast<uint32_t*>(args.workspace),
                       .parts = reinterpret_cast<float4*>(static_cast<char*>(args.workspace) + kLinearFlagBytes)};

@@ -16,6 +16,10 @@
 namespace disagg::cuda {
 
 // Strides are in elements, multiples of 8; all is bfloat16 and 16-byte aligned.
+//
+// RMSNorm needs no kernel of its own between two products. The first, which adds to the residual, leaves
+// the sum times the norm's weight, and of each row the sums of squares of 64 elements each. The second
+// takes the former as x, and divides its own sums by the root mean square that the latter make.
 struct LinearArgs {
   const void* x;  // [rows, k]
   std::int64_t x_stride;
@@ -25,6 +29,12 @@ struct LinearArgs {
   const void* bias;      // nullptr, or [n]
   const void* residual;  // nullptr, or as out, which may be the same: added before the rounding
   std::int64_t residual_stride;
+  const float* squares;  // nullptr, or [k / 64, 256] of x before its norm's weight
+  float eps;
+  float* squares_out;  // nullptr, or [n / 64, 256]; then a residual, the next two, and a plan with splits
+  const void* norm;    // [n]
+  void* normed;        // as out: what out has, times norm
+  std::int64_t normed_stride;
   bool gated;  // w has eight rows of gate, then eight of up, and so on: out = silu(gate) * up
   int rows, n, k;
   void* workspace;  // nullptr where the plan needs none

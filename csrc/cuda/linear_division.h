@@ -98,7 +98,7 @@ DISAGG_LINEAR_HD std::uint64_t tile_descriptor(std::uint32_t address) {
 }
 
 struct LinearShared {
-  int w_bytes, x_bytes, partials_at, barriers_at, bytes;  // `bytes` of all, `*_bytes` of a stage
+  int w_bytes, x_bytes, partials_at, barriers_at, factors_at, bytes;  // `bytes` of all, `*_bytes` of a stage
   bool partials_apart;  // else in the rings' place
 
   DISAGG_LINEAR_HD static LinearShared of(const LinearPlan& plan, int limit) {
@@ -106,12 +106,13 @@ struct LinearShared {
     shared.w_bytes = plan.groups * kLinearTile * 128;
     shared.x_bytes = plan.tokens * 128;
     const int rings = plan.w_stages * shared.w_bytes + plan.x_stages * shared.x_bytes;
-    const int barriers = 16 * (plan.w_stages + plan.x_stages);
+    const int barriers = 16 * (plan.w_stages + plan.x_stages), factors = 4 * plan.tokens;
     const int partials = plan.splits > 1 ? plan.splits * slice_columns(plan) * plan.groups * 128 * 16 : 0;
-    shared.partials_apart = rings + partials + barriers <= limit;
+    shared.partials_apart = rings + partials + barriers + factors <= limit;
     shared.partials_at = shared.partials_apart ? rings : 0;
     shared.barriers_at = shared.partials_apart ? rings + partials : (rings > partials ? rings : partials);
-    shared.bytes = shared.barriers_at + barriers;
+    shared.factors_at = shared.barriers_at + barriers;
+    shared.bytes = shared.factors_at + factors;
     return shared;
   }
   // Groups of eight tokens whose sums one CTA of a tile's makes.

@@ -170,7 +170,7 @@ def _linear(
         return False
     stream = _stream(x)
     workspace = _workspace(x.device.index, stream)
-    _cuda.linear(x, weight, bias, residual, out, gated, plan, workspace, stream)
+    _cuda.linear(x, weight, bias, residual, out, gated, None, 0.0, None, None, None, plan, workspace, stream)
     return True
 
 

@@ -46,11 +46,14 @@ class Product:
         *,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
+        squares: Tensor | None = None,
+        emits: tuple[Tensor, Tensor, Tensor] | None = None,
         plan: _cuda.LinearPlan | None = None,
     ) -> None:
         plan = self.plan(len(x)) if plan is None else plan
         stream = torch.cuda.current_stream().cuda_stream
-        _cuda.linear(x, self.weight, bias, residual, out, self.gated, plan, self.workspace, stream)
+        extras = (squares, 1e-6, *(emits or (None, None, None)))
+        _cuda.linear(x, self.weight, bias, residual, out, self.gated, *extras, plan, self.workspace, stream)
 
     def want(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         result = x.double() @ self.weight.double().t()
@@ -89,6 +92,45 @@ def test_linear_adds_a_bias_and_a_residual(shape: tuple[int, int]) -> None:
         check("linear + residual", out.check(), product.want(x, residual=before))
         call(lambda x=x, out=out, bias=bias: product.run(x, out.tensor, bias=bias), captured=False)
         check("linear + bias", out.check(), product.want(x, bias))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 2048), (4096, 4096), (1088, 1088)])
+def test_a_norm_between_two_products(n: int, k: int) -> None:
+    first = Product(n, k, seed=1)
+    seconds = Product(1280, n, seed=2), Product(2560, n, seed=3, gated=True)
+    for rows in (1, 7, 100, 256):
+        tokens = first.plan(rows).tokens
+        plan = first.plan(rows)
+        if plan.splits == 1:
+            plan = _cuda.LinearPlan(tokens, 1, 1, 4, -(-n // 64) * 4, 3, 3)
+        x, norm = random(rows, k, dtype=BF16, seed=rows), random(n, dtype=BF16, seed=4)
+        summed, normed = Guarded(rows, n, dtype=BF16), Guarded(rows, n, dtype=BF16)
+        before = summed.tensor.copy_(random(rows, n, dtype=BF16, seed=5) * 3).clone()
+        squares = Guarded(n // 64, 256, dtype=torch.float32)
+        outs = [Guarded(rows, 1280, dtype=BF16) for _ in seconds]
+
+        def run(
+            x: Tensor = x,
+            norm: Tensor = norm,
+            summed: Tensor = summed.tensor,
+            emits: tuple[Tensor, Tensor, Tensor] = (squares.tensor, norm, normed.tensor),
+            outs: list[Guarded] = outs,
+            plan: _cuda.LinearPlan = plan,
+        ) -> None:
+            first.run(x, summed, residual=summed, emits=emits, plan=plan)
+            for second, out in zip(seconds, outs, strict=True):
+                second.run(emits[2], out.tensor, squares=emits[0])
+
+        for second in seconds:
+            second.plan(rows)
+        call(run, captured=True)
+        check("linear + residual", summed.check(), first.want(x, residual=before))
+        assert torch.equal(normed.check(), (summed.tensor.float() * norm.float()).to(BF16))
+        sums = summed.tensor.double().square()
+        assert_near("squares", squares.check()[:, :rows], sums.view(rows, -1, 64).sum(-1).t(), roundings=8)
+        factor = (sums.mean(-1, keepdim=True) + 1e-6).rsqrt()
+        for second, out in zip(seconds, outs, strict=True):
+            check("normed linear", out.check(), second.want(normed.tensor.double() * factor), roundings=2)
 
 
 @pytest.mark.parametrize("shape", [(6144, 1024), (28672, 4096), (64, 64), (448, 4160)], ids=str)
