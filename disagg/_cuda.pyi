@@ -156,6 +156,7 @@ class LinearPlan:
     slices: int
     w_stages: int
     x_stages: int
+    sends: int
     def __init__(
         self,
         tokens: int,
@@ -165,12 +166,13 @@ class LinearPlan:
         slices: int,
         w_stages: int,
         x_stages: int,
+        sends: int,
     ) -> None: ...
 
 def plan_linear(rows: int, n: int, k: int, gated: bool, num_sms: int) -> LinearPlan:
     """Divide a product by its sizes alone; ValueError where it is not one for `linear`."""
 
-def linear_workspace_bytes(plan: LinearPlan, n: int, k: int) -> int:
+def linear_workspace_bytes(plan: LinearPlan, rows: int, n: int, k: int) -> int:
     """Size of the uint8 workspace that `linear` needs, zeroed before its first use; mostly 0."""
 
 def linear(

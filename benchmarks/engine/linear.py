@@ -26,7 +26,8 @@ LAYERS = {  # qkv, output, gate and up, down: [n, k]
     "Llama-3.1-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
 }
 ROWS = (8, 40, 64, 96, 128, 160, 192, 240)
-WEIGHT_BYTES = 400 << 20
+WEIGHT_BYTES = 240 << 20
+TOKENS = (16, 32, 64, 96, 128, 160, 192, 224, 256)
 Norm = tuple[Tensor | None, float, Tensor | None, Tensor | None, Tensor | None]
 PLAIN: Norm = (None, 1e-6, None, None, None)
 
@@ -92,33 +93,31 @@ def floor_us(rows: int, n: int, k: int) -> float:
 def text(plan: _cuda.LinearPlan) -> str:
     return (
         f"{plan.tokens}t {plan.groups}g {plan.multicast}m {plan.splits}s {plan.slices} "
-        f"w{plan.w_stages} x{plan.x_stages}"
+        f"w{plan.w_stages} x{plan.x_stages} {'sends' if plan.sends else ''}"
     )
 
 
 def plans(rows: int, n: int, k: int, sms: int) -> list[_cuda.LinearPlan]:
     """What `--sweep` tries, beside the rule's."""
-    rule = _cuda.plan_linear(rows, n, k, False, sms)
-    found = []
-    for groups, multicast, splits, full in product((1, 2), (1, 2, 4), (1, 2, 4, 8), (False, True)):
-        tiles = -(-n // (64 * groups)) // multicast
-        slices = tiles * splits
-        if splits == 1 and not full:
-            slices = min(sms // multicast, tiles * (k // 64))
-        elif not full or not 48 <= slices * multicast <= 2 * sms:
+    depth, found = k // 64, {}
+    sizes = {next(s for s in TOKENS if s >= -(-rows // parts)) for parts in (1, 2, 3, 4)}
+    for tokens, groups, multicast in product(sorted(sizes), (1, 2), (1, 2, 4)):
+        token_tiles, tiles = -(-rows // tokens), n // (64 * groups * multicast)
+        if n % (64 * groups * multicast) or tokens % (8 * multicast):
             continue
-        each = -(-tiles * (k // 64) // slices)
-        room = 110 if full and rule.tokens <= 64 else 220
-        x_stages = min(each, 4 if rule.tokens * groups <= 256 else 3)
-        left = (room << 10) - x_stages * rule.tokens * 128
-        if splits > 1:
-            left -= (rule.tokens + 8 * splits) * groups * 256
-        w_stages = min(each, 16, left // (groups << 13))
-        is_whole = n % (64 * groups * multicast) == 0 and rule.tokens % (8 * multicast) == 0
-        if is_whole and multicast * splits <= 8 and w_stages >= min(each, 2):
-            sizes = (rule.tokens, groups, multicast, splits, slices, w_stages, x_stages)
-            found.append(_cuda.LinearPlan(*sizes))
-    return found
+        cuts = [(s, tiles * s) for s in (1, 2, 4, 8) if s <= depth and s * multicast <= 8]
+        if tiles * multicast * token_tiles > sms:
+            cuts.append((1, sms // (multicast * token_tiles)))
+        for (splits, slices), room, sends in product(cuts, (112, 224), (0, 1)):
+            each = -(-tiles * depth // slices)
+            partials = splits * -(-tokens // 8 // splits) * groups * 2048 if splits > 1 else 0
+            stages = min(each, 24, ((room << 10) - partials) // ((groups << 13) + tokens * 128))
+            ctas = slices * multicast * token_tiles
+            if stages < min(each, 3) or not 40 <= ctas <= 3 * sms or (splits == 1 and sends):
+                continue
+            key = (tokens, groups, multicast, splits, slices, stages, stages, sends)
+            found[key] = _cuda.LinearPlan(*key)
+    return list(found.values())
 
 
 def one(rows: int, n: int, k: int, ours: Ours, rounds: int, sweep: bool) -> dict[str, float | str]:
@@ -137,7 +136,7 @@ def one(rows: int, n: int, k: int, ours: Ours, rounds: int, sweep: bool) -> dict
     us = by(lambda w: ours(x, w, out))
     error = (out.float() - want.float()).abs().max().item()
     rule = ours.plans[rows, n, k]
-    best, best_us = rule, us
+    swept = []
     for plan in plans(rows, n, k, ours.sms) if sweep else ():
         try:
             tried = by(
@@ -150,14 +149,13 @@ def one(rows: int, n: int, k: int, ours: Ours, rounds: int, sweep: bool) -> dict
             )
         except ValueError:
             continue  # does not fit
-        if tried < best_us:
-            best, best_us = plan, tried
+        swept.append((tried, text(plan)))
     floor = floor_us(rows, n, k)
     times = f"{floor:>8.1f}{cublas:>9.1f}{us:>8.1f}{us / cublas:>7.2f}{error:>9.1e}  {text(rule)}"
-    swept = f" | best {best_us:.1f} {text(best)}" if sweep else ""
-    print(f"{n:>7}{k:>7}{rows:>5}{times}{swept}", flush=True)
+    best = "".join(f" | {us:.1f} {text}" for us, text in sorted(swept)[:3])
+    print(f"{n:>7}{k:>7}{rows:>5}{times}{best}", flush=True)
     result = {"n": n, "k": k, "rows": rows, "floor_us": floor, "cublas_us": cublas, "ours_us": us}
-    return result | ({"best_us": best_us, "best": text(best)} if sweep else {})
+    return result
 
 
 def layer(name: str, rows: int, ours: Ours, rounds: int) -> dict[str, float | str]:

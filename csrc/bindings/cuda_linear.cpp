@@ -61,7 +61,7 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   require(!squares_out || (is_squares(*squares_out, n) && is_vector(*norm) && is_matrix(*normed, rows, n)),
           "squares_out must be float32 [n / 64, 256], norm bfloat16 [n] and normed bfloat16 [rows, n]");
   require(!squares_out || (residual && plan.splits > 1), "squares_out wants a residual and a plan with splits");
-  const std::size_t bytes = cuda::linear_workspace_bytes(plan, static_cast<int>(n), static_cast<int>(k));
+  const std::size_t bytes = cuda::linear_workspace_bytes(plan, static_cast<int>(rows), static_cast<int>(n), static_cast<int>(k));
   require(workspace.ndim() == 1 && workspace.packed_from(0) && workspace.is(1, 8) &&
               static_cast<std::size_t>(workspace.size(0)) >= bytes &&
               (bytes == 0 || reinterpret_cast<std::uintptr_t>(workspace.data()) % 16 == 0),
@@ -95,19 +95,22 @@ void bind_linear(nb::module_& m) {
   nb::class_<Plan>(m, "LinearPlan")
       .def(
           "__init__",
-          [](Plan* plan, int tokens, int groups, int multicast, int splits, int slices, int w_stages, int x_stages) {
-            new (plan) Plan{tokens, groups, multicast, splits, slices, w_stages, x_stages};
+          [](Plan* plan, int tokens, int groups, int multicast, int splits, int slices, int w_stages, int x_stages,
+             int sends) {
+            new (plan) Plan{tokens, groups, multicast, splits, slices, w_stages, x_stages, sends};
           },
-          "tokens"_a, "groups"_a, "multicast"_a, "splits"_a, "slices"_a, "w_stages"_a, "x_stages"_a)
+          "tokens"_a, "groups"_a, "multicast"_a, "splits"_a, "slices"_a, "w_stages"_a, "x_stages"_a,
+          "sends"_a)
       .def_ro("tokens", &Plan::tokens)
       .def_ro("groups", &Plan::groups)
       .def_ro("multicast", &Plan::multicast)
       .def_ro("splits", &Plan::splits)
       .def_ro("slices", &Plan::slices)
       .def_ro("w_stages", &Plan::w_stages)
-      .def_ro("x_stages", &Plan::x_stages);
+      .def_ro("x_stages", &Plan::x_stages)
+      .def_ro("sends", &Plan::sends);
   m.def("plan_linear", &plan_linear, "rows"_a, "n"_a, "k"_a, "gated"_a, "num_sms"_a);
-  m.def("linear_workspace_bytes", &cuda::linear_workspace_bytes, "plan"_a, "n"_a, "k"_a);
+  m.def("linear_workspace_bytes", &cuda::linear_workspace_bytes, "plan"_a, "rows"_a, "n"_a, "k"_a);
   m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none(), "residual"_a.none(), "out"_a, "gated"_a,
         "squares"_a.none(), "eps"_a, "squares_out"_a.none(), "norm"_a.none(), "normed"_a.none(), "plan"_a,
         "workspace"_a, "stream"_a);

@@ -66,8 +66,8 @@ __device__ __forceinline__ float gate_times(float gate, float up) {
 class Output {
  public:
   // `factors`, in shared memory, are of all tokens.
-  __device__ Output(const Params& p, int feature, const float* factors)
-      : p_(p), factors_(factors), feature_(feature), row_(threadIdx.x % 32 / 4), column_(threadIdx.x % 4 * 2) {
+  __device__ Output(const Params& p, int feature, int first_token, const float* factors)
+      : p_(p), factors_(factors), feature_(feature), first_(first_token), row_(threadIdx.x % 32 / 4), column_(threadIdx.x % 4 * 2) {
     if (p.bias != nullptr && feature < p.n) {
       bias_[0] = to_float(p.bias[feature + row_]);
       bias_[1] = to_float(p.bias[feature + 8 + row_]);
@@ -81,7 +81,7 @@ class Output {
   // The residual of eight tokens, as memory has it: token row_, features column_ and the next, and eight on.
   __device__ __forceinline__ void load(uint32_t (&residual)[2], int group) const {
     residual[0] = residual[1] = 0;
-    const int token = group * 8 + row_;
+    const int token = first_ + group * 8 + row_;
     if (p_.residual == nullptr || token >= p_.rows || feature_ >= p_.n) return;
     const auto* from =
         reinterpret_cast<const uint32_t*>(p_.residual + token * p_.residual_stride + feature_ + column_);
@@ -98,7 +98,7 @@ class Output {
       a *= factor.x, b *= factor.y, c *= factor.x, d *= factor.y;
     }
     a += bias_[0], b += bias_[0], c += bias_[1], d += bias_[1];
-    const int token = group * 8 + row_;
+    const int token = first_ + group * 8 + row_;
     const bool is_live = token < p_.rows && feature_ < p_.n;
     __nv_bfloat16* to = p_.out + token * p_.out_stride + column_;
     if (p_.gated) {
@@ -129,7 +129,7 @@ class Output {
 
   const Params& p_;
   const float* factors_;
-  int feature_, row_, column_;
+  int feature_, first_, row_, column_;
   float bias_[2] = {}, norm_[2] = {};
 };
 
@@ -164,18 +164,25 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
   const int multicast = p.plan.multicast, splits = p.plan.splits, cta = static_cast<int>(blockIdx.x);
   const int rank = static_cast<int>(cluster_rank()), split = rank / multicast, member = rank - split * multicast;
   const int slice = cta / (multicast * splits) * splits + split;
+  const int first_token = static_cast<int>(blockIdx.y) * kTokens, rows = min(kTokens, p.rows - first_token);
   LinearWalk walk(p.units, p.depth, slice, p.plan.slices);
 
   const uint32_t w_ring = shared_address_of(dynamic_shared), x_ring = w_ring + p.plan.w_stages * kWBytes;
   const uint32_t w_full = w_ring + p.shared.barriers_at, w_empty = w_full + 8 * p.plan.w_stages;
   const uint32_t x_full = w_empty + 8 * p.plan.w_stages, x_empty = x_full + 8 * p.plan.x_stages;
-  const uint32_t partials = w_ring + p.shared.partials_at;
+  const uint32_t partials = w_ring + p.shared.partials_at, sent = x_empty + 8 * p.plan.x_stages;
+  // One tile, if `splits`. CTA i of its slices adds columns [i * per, (i + 1) * per), in groups of eight tokens.
+  const int per = LinearShared::slice_columns(p.plan), columns = (rows + 7) / 8;
   let_next_kernel_start();
 
   // The other roles keep the cluster's barriers company.
   const auto finish = [&] {
-    if (splits > 1 && !p.shared.partials_apart) cluster_sync();
-    cluster_sync();
+    if (splits > 1 && !p.shared.partials_apart) cluster_sync<false>();
+    if (splits > 1 && p.plan.sends == 0) {
+      cluster_sync<true>();
+    } else if (multicast > 1) {  // nobody leaves while others may still tell it that x has been read
+      cluster_sync<false>();
+    }
   };
 
   if (warp == kWarps) {  // weights
@@ -185,7 +192,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
     const auto load = [&] {
       const uint32_t full = w_full + 8 * stage.index();
       barrier_expect(full, kWBytes);
-      load_box(w_ring + stage.index() * kWBytes, &w_map, k * kLinearDepth, row, full, kEvictFirst);
+      load_box(w_ring + stage.index() * kWBytes, &w_map, k * kLinearDepth, row, full, gridDim.y > 1 ? kEvictNormal : kEvictFirst);
       stage.advance(p.plan.w_stages);
       ++loaded;
       if (++k == walk.last) {
@@ -202,10 +209,12 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
         barrier_init(x_full + 8 * i, 1);
         barrier_init(x_empty + 8 * i, kWarps * multicast);
       }
+      barrier_init(sent, 1);
       barrier_init_fence();
+      if (splits > 1) barrier_expect(sent, splits * max(0, min(per, columns - split * per)) * (kThreads * 16));
       while (!walk.is_over() && loaded < p.plan.w_stages) load();
     }
-    cluster_sync();
+    cluster_sync<false>();
     if (lane == 0) {
       while (!walk.is_over()) {
         barrier_wait(w_empty + 8 * stage.index(), stage.parity() ^ 1);
@@ -215,7 +224,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
     finish();
   } else if (warp == kWarps + 1) {  // x
     if (lane == 0) asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
-    cluster_sync();
+    cluster_sync<false>();
     if (lane == 0) {
       Stage stage;
       const int part = kTokens / multicast;
@@ -228,9 +237,10 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
           barrier_expect(full, kXBytes);
           const uint32_t to = x_ring + stage.index() * kXBytes + member * part * 128;
           if (multicast == 1) {
-            load_box(to, &x_map, k * kLinearDepth, 0, full, kEvictLast);
+            load_box(to, &x_map, k * kLinearDepth, first_token, full, kEvictLast);
           } else {
-            load_box_for(everybody, to, &x_map, k * kLinearDepth, member * part, full, kEvictLast);
+            load_box_for(everybody, to, &x_map, k * kLinearDepth, first_token + member * part, full,
+                         kEvictLast);
           }
           stage.advance(p.plan.x_stages);
         }
@@ -238,14 +248,14 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
     }
     finish();
   } else {
-    cluster_sync();
+    cluster_sync<false>();
     wait_for_earlier_kernels();
     float* factors = reinterpret_cast<float*>(dynamic_shared + p.shared.factors_at);
     if (p.squares != nullptr) {
-      for (int token = threadIdx.x; token < p.rows; token += kThreads) {
+      for (int token = threadIdx.x; token < rows; token += kThreads) {
         float sum = 0;
 #pragma unroll 16
-        for (int part = 0; part < p.depth; ++part) sum += __ldcg(p.squares + part * kLinearMaxRows + token);
+        for (int part = 0; part < p.depth; ++part) sum += __ldcg(p.squares + part * kLinearMaxRows + first_token + token);
         factors[token] = 1.0f / sqrtf(sum * p.inverse_k + p.eps);
       }
       consumers_sync<kThreads>();
@@ -284,31 +294,44 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
       release();
 
       if (splits > 1) {  // and then there is one tile
-        // CTA i of its slices sums columns [i * per, (i + 1) * per), in groups of eight tokens.
-        const int per = LinearShared::slice_columns(p.plan);
-        const int columns = min(kColumns, (p.rows + 7) / 8);
-        if (!p.shared.partials_apart) cluster_sync();
+        if (!p.shared.partials_apart) cluster_sync<false>();
         const uint32_t mine = partials + (split * per * kThreads + threadIdx.x) * 16;
-        uint32_t to = address_at(mine, member);
+        uint32_t to = address_at(mine, member), told = address_at(sent, member);
         int owner = 0, at = 0;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          if (j < columns)
-            store_at(to + at * (kThreads * 16), sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+          if (j >= columns) continue;
+          const uint32_t there = to + at * (kThreads * 16);
+          if (p.plan.sends != 0) {
+            send_to(there, told, sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+          } else {
+            store_at(there, sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+          }
           if (++at == per) {
             at = 0;
-            if (++owner < splits) to = address_at(mine, owner * multicast + member);
+            if (++owner < splits) {
+              to = address_at(mine, owner * multicast + member);
+              told = address_at(sent, owner * multicast + member);
+            }
           }
         }
         const int first = split * per, last = min(first + per, columns);
-        const Output output(p, feature_of(walk.tile()), factors);
-        cluster_sync();
+        const Output output(p, feature_of(walk.tile()), first_token, factors);
+        uint32_t residual[kAtOnce][2];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) output.load(residual[i], first + i);
+        if (p.plan.sends != 0) {
+          barrier_wait(sent, 0);
+        } else {
+          cluster_sync<true>();
+        }
         float4* from = reinterpret_cast<float4*>(dynamic_shared + p.shared.partials_at) + threadIdx.x;
 #pragma unroll 1
         for (int base = first; base < last; base += kAtOnce) {
-          uint32_t residual[kAtOnce][2];
+          if (base > first) {
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) output.load(residual[i], base + i);
+            for (int i = 0; i < kAtOnce; ++i) output.load(residual[i], base + i);
+          }
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
             if (base + i >= last) continue;
@@ -335,15 +358,16 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
           const float* warps = reinterpret_cast<const float*>(dynamic_shared + p.shared.partials_at) + group * 128 * 4;
           for (int i = of_group; i < (last - first) * 8; i += 128) {
             const float* at = warps + (i / 8 * kThreads + i % 8 / 2) * 4 + i % 2;
-            const int token = first * 8 + i;
+            const int token = first_token + first * 8 + i;
             if (token < p.rows && part * kLinearTile < p.n)
               p.squares_out[part * kLinearMaxRows + token] = at[0] + at[32 * 4] + at[64 * 4] + at[96 * 4];
           }
         }
+        if (p.plan.sends != 0 && multicast > 1) cluster_sync<false>();
         return;
       }
 
-      const auto place_of = [&](int of_slice) { return of_slice * multicast + member; };
+      const auto place_of = [&](int of_slice) { return (static_cast<int>(blockIdx.y) * p.plan.slices + of_slice) * multicast + member; };
       const auto parts_of = [&](int place) {
         return p.parts + static_cast<int64_t>(place) * (kColumns * kThreads) + threadIdx.x;
       };
@@ -351,7 +375,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
         float4* to = parts_of(place_of(slice));
 #pragma unroll
         for (int j = 0; j < kColumns; ++j)
-          if (j * 8 < p.rows)
+          if (j * 8 < rows)
             __stcg(to + j * kThreads, float4{sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]});
         // The other lanes' stores come before this by __syncwarp.
         __syncwarp();
@@ -370,7 +394,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
         const float4* from = parts_of(place_of(other));
 #pragma unroll
         for (int base = 0; base < kColumns; base += kAtOnce, from += kAtOnce * kThreads) {
-          if (base * 8 >= p.rows) continue;
+          if (base * 8 >= rows) continue;
           float4 parts[kAtOnce];  // of columns past the rows whatever is there: nobody reads those sums
 #pragma unroll
           for (int i = 0; i < kAtOnce && base + i < kColumns; ++i) parts[i] = __ldcg(from + i * kThreads);
@@ -383,7 +407,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
         __syncwarp();
         if (lane == 0) *flag = 0;  // for the next launch, which waits for the end of this grid
       }
-      const Output output(p, feature_of(walk.tile()), factors);
+      const Output output(p, feature_of(walk.tile()), first_token, factors);
       constexpr int kNow = kTokens > 224 ? 2 : kAtOnce;  // beside all sums, registers are few
 #pragma unroll
       for (int base = 0; base < kColumns; base += kNow) {
@@ -393,7 +417,7 @@ __global__ void __launch_bounds__(128 * kGroups + 64, kGroups == 1 && kTokens <=
 #pragma unroll
         for (int i = 0; i < kNow; ++i) {
           const int j = base + i;
-          if (j < kColumns && j * 8 < p.rows)
+          if (j < kColumns && j * 8 < rows)
             output.write(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3], residual[i], j);
         }
       }
@@ -457,6 +481,7 @@ cudaError_t run(const LinearArgs& args, const LinearPlan& plan, cudaStream_t str
   const Launch how{.blocks = static_cast<unsigned>(plan.ctas()),
                    .threads = 128 * kGroups + 64,
                    .stream = stream,
+                   .blocks_y = static_cast<unsigned>(plan.token_tiles(args.rows)),
                    .shared_bytes = static_cast<unsigned>(shared.bytes),
                    .cluster = static_cast<unsigned>(plan.cluster())};
   return launch(kernel, how, w_map, x_map, params);

@@ -32,13 +32,16 @@ inline constexpr int kLinearSharedLimit = 227 * 1024;
 inline constexpr int kLinearTokens[] = {16, 32, 64, 96, 128, 160, 192, 224, 256};
 
 struct LinearPlan {
-  int tokens;     // rows of x, padded to one of kLinearTokens
+  int tokens;     // rows of x that a CTA takes, one of kLinearTokens; others take the rest
   int groups;     // warpgroups of a CTA
   int multicast;  // CTAs that share x
   int splits;     // CTAs of a cluster that share a tile's k
   int slices;
   int w_stages, x_stages;
+  int sends;  // 1: sums are sent to those who add them; 0: stored there, and a barrier passed
 
+  DISAGG_LINEAR_HD int token_tiles(int rows) const { return (rows + tokens - 1) / tokens; }
+  // For each tile of tokens.
   DISAGG_LINEAR_HD int ctas() const { return slices * multicast; }
   DISAGG_LINEAR_HD int cluster() const { return multicast * splits; }
 };
@@ -106,7 +109,7 @@ struct LinearShared {
     shared.w_bytes = plan.groups * kLinearTile * 128;
     shared.x_bytes = plan.tokens * 128;
     const int rings = plan.w_stages * shared.w_bytes + plan.x_stages * shared.x_bytes;
-    const int barriers = 16 * (plan.w_stages + plan.x_stages), factors = 4 * plan.tokens;
+    const int barriers = 16 * (plan.w_stages + plan.x_stages + 1), factors = 4 * plan.tokens;
     const int partials = plan.splits > 1 ? plan.splits * slice_columns(plan) * plan.groups * 128 * 16 : 0;
     shared.partials_apart = rings + partials + barriers + factors <= limit;
     shared.partials_at = shared.partials_apart ? rings : 0;
@@ -135,51 +138,53 @@ struct LinearShared {
 
 // Decided by the sizes alone.
 [[nodiscard]] inline LinearPlan plan_linear(int rows, int n, int k, int num_sms) {
-  LinearPlan plan{.tokens = *std::ranges::find_if(kLinearTokens, [rows](int tokens) { return tokens >= rows; }),
+  LinearPlan plan{.tokens = 0,
                   .groups = 1,
                   .multicast = 1,
                   .splits = 1,
                   .slices = 1,
                   .w_stages = 1,
-                  .x_stages = 1};
+                  .x_stages = 1,
+                  .sends = 1};
   const int depth = k / kLinearDepth;
-  // A tile of 128 rows halves what is read of x, which for many rows is more than the weight.
-  if (plan.tokens > 64 && static_cast<std::int64_t>(n) * k > std::int64_t{8} << 20) plan.groups = 2;
-  const int tiles = linear_tiles(n, plan.groups);
-  while (plan.splits < 8 && tiles * plan.splits * 2 <= num_sms && depth >= plan.splits * 4) plan.splits *= 2;
-  const auto can_share = [&](int ctas) {
-    return tiles % ctas == 0 && ctas * plan.splits <= 8 && plan.tokens % (8 * ctas) == 0;
+  const auto padded = [](int count) {
+    return *std::ranges::find_if(kLinearTokens, [count](int tokens) { return tokens >= count; });
   };
+  const bool is_large = static_cast<std::int64_t>(n) * k > std::int64_t{8} << 20;
+  plan.tokens = padded(rows > 128 && !is_large ? (rows + 1) / 2 : rows);
+  // A tile of 128 rows halves what is read of x, which for many rows is more than the weight.
+  if (rows > 64 && is_large) plan.groups = 2;
+  const int tiles = linear_tiles(n, plan.groups), token_tiles = std::max(1, plan.token_tiles(rows));
+  while (plan.splits < 8 && tiles * token_tiles * plan.splits * 2 <= num_sms && depth >= plan.splits * 4)
+    plan.splits *= 2;
   plan.slices = tiles * plan.splits;
-  if (plan.slices > num_sms || (plan.splits < 8 && plan.slices * 10 < num_sms * 7 && depth > 8)) {
-    // Equal parts for all SMs, wherever they cut.
+  if (is_large && plan.slices > num_sms) {  // equal parts for all SMs, wherever they cut
     plan.splits = 1;
     plan.multicast = tiles > 1 ? 2 : 1;
     plan.slices = std::min(num_sms / plan.multicast, linear_units(n, k, plan));
-  } else {
-    plan.multicast = can_share(4) ? 4 : can_share(2) ? 2 : 1;
-    plan.slices /= plan.multicast;
   }
   const int each = (linear_units(n, k, plan) + plan.slices - 1) / plan.slices;
-  plan.x_stages = std::min(each, plan.tokens > 192 && plan.groups == 1 ? 3 : 4);
   // In half of an SM's memory, beside which the next product's weights can come in meanwhile.
-  const int limit = plan.groups == 1 && plan.tokens <= 64 ? 113 * 1024 : kLinearSharedLimit;
-  for (plan.w_stages = std::min(each, 16); plan.w_stages > 2; --plan.w_stages)
+  const int limit = plan.groups == 1 && plan.tokens <= 128 ? 113 * 1024 : kLinearSharedLimit;
+  for (plan.w_stages = std::min(each, 24); plan.w_stages > 2; --plan.w_stages) {
+    plan.x_stages = plan.w_stages;
     if (LinearShared::of(plan, kLinearSharedLimit).bytes <= limit) break;
+  }
+  plan.x_stages = plan.w_stages;
   return plan;
 }
 
 // Zeroed before its first use; products that are ordered in a stream may share it. 0 where none is needed.
-[[nodiscard]] inline std::size_t linear_workspace_bytes(const LinearPlan& plan, int n, int k) {
+[[nodiscard]] inline std::size_t linear_workspace_bytes(const LinearPlan& plan, int rows, int n, int k) {
   if (plan.splits > 1 || linear_units(n, k, plan) / (k / kLinearDepth) % plan.slices == 0) return 0;
-  return kLinearFlagBytes + static_cast<std::size_t>(plan.ctas()) * static_cast<std::size_t>(plan.tokens / 8) *
+  return kLinearFlagBytes + static_cast<std::size_t>(plan.ctas() * plan.token_tiles(rows)) * static_cast<std::size_t>(plan.tokens / 8) *
                                 static_cast<std::size_t>(128 * plan.groups) * 16;
 }
 
 // Why a plan does not fit the sizes; nullptr where it does.
 [[nodiscard]] inline const char* check_linear_plan(const LinearPlan& plan, int rows, int n, int k) {
-  if (plan.tokens < rows || std::ranges::find(kLinearTokens, plan.tokens) == std::end(kLinearTokens))
-    return "a plan's tokens must be one of the sizes, and at least the rows";
+  if (std::ranges::find(kLinearTokens, plan.tokens) == std::end(kLinearTokens))
+    return "a plan's tokens must be one of the sizes";
   if (plan.groups != 1 && plan.groups != 2) return "a plan's groups must be 1 or 2";
   if (plan.multicast < 1 || plan.splits < 1 || plan.cluster() > 8 || !std::has_single_bit(static_cast<unsigned>(plan.multicast)))
     return "a plan's cluster must be at most 8 CTAs, and multicast a power of two";
@@ -188,7 +193,7 @@ struct LinearShared {
   if (plan.slices < 1 || plan.slices > units || static_cast<std::int64_t>(units) * plan.slices >= std::int64_t{1} << 31) return "a plan's slices must each have a unit";
   if (plan.splits > 1 && (plan.slices != units / depth * plan.splits || plan.splits > depth))
     return "a plan's clusters must have a tile each";
-  if (linear_workspace_bytes(plan, n, k) > 0 && plan.ctas() > kLinearMaxCtas)
+  if (linear_workspace_bytes(plan, rows, n, k) > 0 && plan.ctas() * plan.token_tiles(rows) > kLinearMaxCtas)
     return "a plan that cuts tiles must have at most 1024 CTAs";
   // A stage is free when the product after it has begun.
   const int least = std::min(2, (units + plan.slices - 1) / plan.slices);

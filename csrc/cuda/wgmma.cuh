@@ -63,7 +63,8 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_
 // ---- loads by TMA ----
 
 // Read once a step: it leaves L2 first.
-constexpr std::uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
+constexpr std::uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000,
+                        kEvictNormal = 0x1000000000000000;
 
 __device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap* map, int column, int row,
                                          std::uint32_t barrier, std::uint64_t policy) {
@@ -92,10 +93,16 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   return rank;
 }
 
-// Of all threads of the cluster that have not exited; writes before it are seen after it.
+// Of all threads of the cluster that have not exited; writes before it are seen after it. That costs a fence
+// of the whole GPU; without `kOrdersWrites` it only says that all have come here.
+template <bool kOrdersWrites>
 __device__ __forceinline__ void cluster_sync() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if constexpr (kOrdersWrites) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -108,6 +115,14 @@ __device__ __forceinline__ std::uint32_t address_at(std::uint32_t here, std::uin
 __device__ __forceinline__ void store_at(std::uint32_t there, float a, float b, float c, float d) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
+}
+
+// The same, telling `barrier` of that CTA, at its address there, that 16 bytes have come.
+__device__ __forceinline__ void send_to(std::uint32_t there, std::uint32_t barrier, float a, float b, float c, float d) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
 }
 
 // ---- products ----

@@ -29,7 +29,7 @@ __all__ = [
     "silu_and_mul",
 ]
 
-MAX_ROWS = 256
+MAX_ROWS = 64
 MAX_WEIGHT = 1 << 27
 """Elements; past them, a vocabulary's, there is nothing to gain."""
 WORKSPACE_BYTES = 20 << 20

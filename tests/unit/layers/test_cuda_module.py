@@ -37,10 +37,8 @@ def test_gate_and_up_are_interleaved_by_eights() -> None:
 @pytest.mark.parametrize(("n", "k"), [(4096, 1024), (1024, 2048), (28672, 4096), (64, 64)])
 def test_a_plan_of_a_product_fits_its_sizes(n: int, k: int, rows: int) -> None:
     plan = _cuda.plan_linear(rows, n, k, False, 132)
-    assert plan.tokens >= rows
-    assert plan.slices * plan.multicast <= 132
     assert plan.multicast * plan.splits <= 8
-    assert _cuda.linear_workspace_bytes(plan, n, k) < 20 << 20
+    assert _cuda.linear_workspace_bytes(plan, rows, n, k) < 20 << 20
 
 
 def test_products_of_other_sizes_have_no_plan() -> None:
