@@ -136,10 +136,10 @@ struct LinearShared {
   return nullptr;
 }
 
-// Decided by the sizes alone.
+// Decided by the sizes alone: what was fastest of those that benchmarks/engine/linear.py --sweep tries.
 [[nodiscard]] inline LinearPlan plan_linear(int rows, int n, int k, int num_sms) {
   LinearPlan plan{.tokens = 0,
-                  .groups = 1,
+                  .groups = 2,
                   .multicast = 1,
                   .splits = 1,
                   .slices = 1,
@@ -151,26 +151,29 @@ struct LinearShared {
     return *std::ranges::find_if(kLinearTokens, [count](int tokens) { return tokens >= count; });
   };
   const bool is_large = static_cast<std::int64_t>(n) * k > std::int64_t{8} << 20;
-  plan.tokens = padded(rows > 128 && !is_large ? (rows + 1) / 2 : rows);
-  // A tile of 128 rows halves what is read of x, which for many rows is more than the weight.
-  if (rows > 64 && is_large) plan.groups = 2;
+  plan.tokens = padded(is_large ? rows : std::min(rows, 64));
+  if (!is_large && linear_tiles(n, 1) * 4 <= num_sms) plan.groups = 1;
   const int tiles = linear_tiles(n, plan.groups), token_tiles = std::max(1, plan.token_tiles(rows));
-  while (plan.splits < 8 && tiles * token_tiles * plan.splits * 2 <= num_sms && depth >= plan.splits * 4)
+  // Narrow ones are cut in k until all SMs have a part; wider ones have enough bytes on their way with fewer.
+  const int wanted = plan.groups == 1 ? num_sms : num_sms * 3 / 4;
+  while (plan.splits < 8 && tiles * token_tiles * plan.splits * 2 <= wanted && depth >= plan.splits * 4)
     plan.splits *= 2;
   plan.slices = tiles * plan.splits;
-  if (is_large && plan.slices > num_sms) {  // equal parts for all SMs, wherever they cut
-    plan.splits = 1;
-    plan.multicast = tiles > 1 ? 2 : 1;
-    plan.slices = std::min(num_sms / plan.multicast, linear_units(n, k, plan));
+  constexpr int kHalf = 113 * 1024;  // beside another of that size
+  int limit = plan.groups == 1 ? kHalf : kLinearSharedLimit;
+  if (tiles > num_sms && rows <= 64) {  // two CTAs an SM, one's end under the other's loads
+    plan.multicast = plan.tokens > 32 ? 2 : 1;
+    plan.slices = linear_units(n, k, plan) / depth;
+    limit = kHalf;
+  } else if (tiles > num_sms) {  // equal parts for all SMs, wherever they cut
+    plan.multicast = 2;
+    plan.slices = std::min(num_sms / 2, linear_units(n, k, plan));
   }
   const int each = (linear_units(n, k, plan) + plan.slices - 1) / plan.slices;
-  // In half of an SM's memory, beside which the next product's weights can come in meanwhile.
-  const int limit = plan.groups == 1 && plan.tokens <= 128 ? 113 * 1024 : kLinearSharedLimit;
-  for (plan.w_stages = std::min(each, 24); plan.w_stages > 2; --plan.w_stages) {
-    plan.x_stages = plan.w_stages;
-    if (LinearShared::of(plan, kLinearSharedLimit).bytes <= limit) break;
+  for (int stages = std::min(each, 24); stages > 0; --stages) {
+    plan.w_stages = plan.x_stages = stages;
+    if (stages <= 2 || LinearShared::of(plan, kLinearSharedLimit).bytes <= limit) break;
   }
-  plan.x_stages = plan.w_stages;
   return plan;
 }
 

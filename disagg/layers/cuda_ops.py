@@ -29,11 +29,8 @@ __all__ = [
     "silu_and_mul",
 ]
 
-MAX_ROWS = 64
-MAX_WEIGHT = 1 << 27
-"""Elements; past them, a vocabulary's, there is nothing to gain."""
 WORKSPACE_BYTES = 20 << 20
-"""What a plan of 256 rows needs on a GPU with 144 multiprocessors."""
+"""More than any plan of a GPU with 144 multiprocessors needs."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -177,10 +174,24 @@ def _linear(
 @functools.cache
 def _plan(rows: int, n: int, k: int, gated: bool, device: int) -> _cuda.LinearPlan | None:
     """How our kernel divides a product; None where cuBLAS is faster, or ours does not know the sizes."""
-    if not 0 < rows <= MAX_ROWS or n % 64 or k % 64 or n * k > MAX_WEIGHT:
+    if not 0 < rows <= max_own_rows(n, k):
         return None
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     return _cuda.plan_linear(rows, n, k, gated, sms)
+
+
+def max_own_rows(n: int, k: int) -> int:
+    """Up to how many rows our kernel takes less than cuBLAS for a weight `[n, k]`; 0 is never.
+
+    Source: "A layer's matrix products by our own kernel" in benchmarks/engine/NOTES.md.
+    """
+    if n % 64 or k % 64 or n * k > 1 << 27:
+        return 0
+    if n * k <= 8 << 20:  # all latency
+        return 128 if n <= 2048 else 64
+    if n >= 16896:  # as many tiles of 128 as there are multiprocessors
+        return 128
+    return 64 if max(n, k) <= 4096 else 0
 
 
 @functools.cache

@@ -45,3 +45,13 @@ def test_products_of_other_sizes_have_no_plan() -> None:
     for rows, n, k in ((257, 64, 64), (1, 96, 64), (1, 64, 96), (1, 64, 0)):
         with pytest.raises(ValueError, match=r"must be|more than"):
             _cuda.plan_linear(rows, n, k, False, 132)
+
+
+def test_own_products_are_where_they_were_measured_to_be_faster() -> None:
+    cuda_ops = pytest.importorskip("disagg.layers.cuda_ops")
+    qwen = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
+    llama = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+    assert [cuda_ops.max_own_rows(*shape) for shape in qwen] == [64, 128, 64, 128]
+    assert [cuda_ops.max_own_rows(*shape) for shape in llama] == [0, 64, 128, 0]
+    for vocabulary_or_odd in ((151936, 1024), (128256, 4096), (96, 64), (64, 96)):
+        assert cuda_ops.max_own_rows(*vocabulary_or_odd) == 0
