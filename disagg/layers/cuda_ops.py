@@ -160,7 +160,7 @@ def _linear(
     gated: bool = False,
 ) -> bool:
     """Multiply by our kernel, if that is the faster one for these sizes; tells whether it did."""
-    if x.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     plan = _plan(len(x), *weight.shape, gated, x.device.index)
     if plan is None or not (x.is_contiguous() and out.is_contiguous()):
