@@ -23,6 +23,9 @@ def rms_norm(
 def silu_and_mul(gate_up: Tensor, out: Tensor, interleaved: bool, stream: int) -> None:
     """`out[rows, n] = silu(gate_up[:, :n]) * gate_up[:, n:]`; or of eights of gate and up in turn."""
 
+def quantize(x: Tensor, values: Tensor, scales: Tensor, stream: int) -> None:
+    """`values[row] * scales[row] = x[row]` in e4m3 (as uint8); a row's largest element is its largest."""
+
 def rope_and_store(
     q: Tensor,
     k: Tensor,
@@ -200,3 +203,39 @@ def linear(
     before the kernel that precedes this has ended, so it must have been written, and the device synchronized,
     long before.
     """
+
+def max_segments(pairs: int, experts: int) -> int:
+    """Most segments that `route` makes of so many pairs of a token and an expert."""
+
+def route(
+    logits: Tensor,
+    token_pages: Tensor | None,
+    normalize: bool,
+    experts: Tensor,
+    weights: Tensor,
+    places: Tensor,
+    tokens: Tensor,
+    ends: Tensor,
+    segments: Tensor,
+    stream: int,
+) -> None:
+    """Choose each token's experts by `logits` `[tokens, experts]`, and order the pairs by expert.
+
+    All but `weights` (float32) are int32. `experts`, `weights` and `places` (where in the order) are
+    `[tokens, choices]`; `tokens` (of each place) `[tokens * choices]`; `ends` (of each expert's pairs)
+    `[experts]`; `segments` `[n, 4]` is read by the next two, and has a row more than there may be segments.
+    """
+
+def experts_are_fast(x: Tensor, width: int, inner: int) -> bool:
+    """Whether the next two run at the speed of memory for experts of these sizes; they take any."""
+
+def experts_gate_up(
+    x: Tensor, tokens: Tensor, weight: Tensor, segments: Tensor, out: Tensor, stream: int
+) -> None:
+    """`silu(gate) * up` of each pair: `x[tokens]` by its expert's `weight` `[experts, 2 n, k]`."""
+
+def experts_down(x: Tensor, weight: Tensor, segments: Tensor, out: Tensor, stream: int) -> None:
+    """Each pair's row of `x` by its expert's `weight` `[experts, n, k]`; behind `experts_gate_up`."""
+
+def combine(y: Tensor, weights: Tensor, places: Tensor, out: Tensor, stream: int) -> None:
+    """`out[token]` = its weighted sum of `y[places]`; place -1 adds nothing."""

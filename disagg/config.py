@@ -41,6 +41,13 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Literal["auto", "dummy"],
         Meta(description="`dummy` makes random weights of the model's shape."),
     ] = "auto"
+    quantization: Annotated[
+        Literal["fp8"] | None,
+        Meta(
+            description="`fp8` rounds the layers' matrices to eight bits as they are loaded, and what "
+            "they are multiplied with; on Hopper GPUs."
+        ),
+    ] = None
     chat_template: Annotated[
         str | None, Meta(description="File with a Jinja chat template; by default the model's own.")
     ] = None

@@ -5,12 +5,13 @@ The workload of mini-sglang's and nano-vLLM's benchmarks: seed 0, 256 requests, 
 are random. Each round draws other prompts of the same lengths, so that the prefix cache has none.
 The reference's figures are quoted, not measured here.
 
-    python benchmarks/engine/offline.py SHAPE_DIR [--rounds 3] [--profile] [--kv-cache-dtype fp8]
+    python benchmarks/engine/offline.py SHAPE_DIR [--rounds 3] [--layers N] [--kv-cache-dtype fp8] [--profile]
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from random import Random
@@ -43,6 +44,15 @@ def make_work(salt: int) -> Work:
         (p, SamplingParams(max_tokens=n, temperature=0.6, ignore_eos=True, seed=0, choice_index=i))
         for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
     ]
+
+
+def with_layers(shape: Path, num_layers: int, folder: Path) -> Path:
+    """The same shape with another number of layers, in `folder`."""
+    config = json.loads((shape / "config.json").read_text())
+    made = folder / f"{shape.name}-{num_layers}-layers"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}))
+    return made
 
 
 def measure(llm: LLM, work: Work) -> dict[str, float]:
@@ -111,11 +121,20 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=16_384)
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
+    parser.add_argument("--quantization", choices=["fp8"])
+    parser.add_argument("--layers", type=int, help="Take so many of the shape's, for want of memory or time.")
     parser.add_argument("--timeline", action="store_true", help="Also say where a round's time goes.")
     parser.add_argument(
         "--profile", action="store_true", help="Print where the time goes, and measure nothing."
     )
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.layers is not None:
+            arguments.shape = with_layers(arguments.shape, arguments.layers, Path(folder))
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     llm = LLM(
         str(arguments.shape),
@@ -126,6 +145,7 @@ def main() -> None:
         max_model_len=2048,
         attention_backend=arguments.attention_backend,
         kv_cache_dtype=arguments.kv_cache_dtype,
+        quantization=arguments.quantization,
     )
     loaded_s = time.perf_counter() - began
     first = measure(llm, [(p, SamplingParams(max_tokens=4, ignore_eos=True)) for p, _ in make_work(9_999)])
@@ -148,15 +168,18 @@ def main() -> None:
         "mini_sglang_quoted": REFERENCE.get((arguments.shape.name, card)),
         "attention_backend": arguments.attention_backend,
         "kv_cache_dtype": arguments.kv_cache_dtype,
+        "quantization": arguments.quantization,
         "load_s": round(loaded_s, 1),
         "torch": torch.__version__,
     }
     print(json.dumps(result), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    suffix = "" if arguments.kv_cache_dtype == "auto" else f"-kv-{arguments.kv_cache_dtype}"
-    (RESULTS / f"offline-{arguments.shape.name}{suffix}-{card}.json").write_text(
-        json.dumps(result, indent=2) + "\n"
+    options = (
+        arguments.quantization,
+        "" if arguments.kv_cache_dtype == "auto" else f"kv-{arguments.kv_cache_dtype}",
     )
+    name = "-".join(filter(None, ("offline", arguments.shape.name, *options, card)))
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

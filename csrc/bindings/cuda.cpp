@@ -12,6 +12,7 @@
 #include "bindings/cuda_tensor.h"
 #include "cuda/activation.h"
 #include "cuda/norm.h"
+#include "cuda/quantize.h"
 #include "cuda/rope.h"
 #include "cuda/sample.h"
 #include "cuda/tokens.h"
@@ -73,6 +74,17 @@ void silu_and_mul(const Tensor& gate_up, const Tensor& out, bool interleaved, st
 }
 
 // One layer of a pool `[page, kv_head, layer, 2, token, head_dim]`.
+void quantize(const Tensor& x, const Tensor& values, const Tensor& scales, std::uintptr_t stream) {
+  require(x.ndim() == 2 && x.packed_from(0), "x must be a contiguous matrix");
+  require(values.ndim() == 2 && values.is(dlpack::kUint, 8) && values.packed_from(0) && values.size(0) == x.size(0) &&
+              values.size(1) == x.size(1),
+          "values must be contiguous bytes, shaped as x");
+  require(scales.ndim() == 1 && scales.is(dlpack::kFloat, 32) && scales.packed_from(0) && scales.size(0) == x.size(0),
+          "scales must be float32, one a row");
+  const cuda::QuantizeArgs args{.x = x.data(), .values = values.data(), .scales = scales.as<float>(), .n = x.size(1)};
+  check(cuda::quantize(dtype_of(x), args, x.size(0), stream_of(stream)));
+}
+
 cuda::KvPool pool_layer(const Tensor& pool, std::int64_t layer) {
   require(pool.ndim() == 6 && pool.size(3) == 2 && pool.packed_from(4),
           "pool must be [page, kv_head, layer, 2, token, head_dim] with contiguous tokens");
@@ -175,6 +187,7 @@ void embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& out,
 void bind_attention(nb::module_& m);  // cuda_attention.cpp
 void bind_peer(nb::module_& m);       // cuda_peer.cpp
 void bind_linear(nb::module_& m);     // cuda_linear.cpp
+void bind_experts(nb::module_& m);    // cuda_experts.cpp
 
 }  // namespace disagg::bindings
 
@@ -184,6 +197,7 @@ NB_MODULE(_cuda, m) {
 
   m.def("rms_norm", &b::rms_norm, "x"_a, "residual"_a.none(), "weight"_a, "out"_a, "eps"_a, "stream"_a);
   m.def("silu_and_mul", &b::silu_and_mul, "gate_up"_a, "out"_a, "interleaved"_a, "stream"_a);
+  m.def("quantize", &b::quantize, "x"_a, "values"_a, "scales"_a, "stream"_a);
   m.def("rope_and_store", &b::rope_and_store, "q"_a, "k"_a, "v"_a, "positions"_a, "cos_sin"_a, "pool"_a, "layer"_a,
         "token_pages"_a, "token_offsets"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "stream"_a);
   m.def("sample", &b::sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "keys"_a, "slots"_a,
@@ -193,4 +207,5 @@ NB_MODULE(_cuda, m) {
   b::bind_attention(m);
   b::bind_peer(m);
   b::bind_linear(m);
+  b::bind_experts(m);
 }

@@ -42,6 +42,6 @@ struct ExchangeApi {
 };
 
 inline constexpr std::int32_t kCpu = 1, kCuda = 2, kCudaHost = 3;
-inline constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kE4m3 = 10;
+inline constexpr std::uint8_t kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kE4m3 = 10;
 
 }  // namespace disagg::bindings::dlpack

@@ -155,7 +155,7 @@ cudaError_t with_type(DType dtype, Run&& run) {
 inline bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 template <class Int>
-constexpr Int div_up(Int a, Int b) {
+__host__ __device__ constexpr Int div_up(Int a, Int b) {
   return (a + b - 1) / b;
 }
 

@@ -14,9 +14,11 @@ SAMPLE_BYTES = 1024
 """Read from the middle of each tensor."""
 
 
-def model_hash(folder: Path, *, dummy_seed: int | None = None) -> str:
-    """Hash config.json and the weights, or the seed of dummy ones; 32 hexadecimal digits."""
+def model_hash(folder: Path, *, dummy_seed: int | None = None, quantization: str | None = None) -> str:
+    """Hash config.json, the weights or the seed of dummy ones, and their rounding; 32 hexadecimal digits."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if quantization is not None:
+        digest.update(f"quantization {quantization}".encode())
     if dummy_seed is not None:
         digest.update(f"dummy {dummy_seed}".encode())
         return digest.hexdigest()[:32]

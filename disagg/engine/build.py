@@ -23,6 +23,7 @@ from disagg.engine.ranks import LeadingRunner
 from disagg.engine.runner import ModelRunner
 from disagg.errors import ConfigError
 from disagg.kv import KvCache, PageLayout
+from disagg.layers.fp8 import MULTIPLE
 from disagg.layers.kernels import why_no_cuda_kernels
 from disagg.models import Decoder, ModelSpec, check_tensor_parallel, load_model, load_spec
 from disagg.nccl import MULTI_RANK
@@ -86,6 +87,8 @@ def load_rank(
         torch.cuda.set_device(device)  # where kernels are launched that name no device
     dtype = spec.dtype if model.dtype == "auto" else model.dtype
     kv_dtype = _pick_kv_dtype(engine, dtype, device)
+    if model.quantization is not None:
+        _check_quantization(model.quantization, spec, device, dtype, tp.size)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
     decoder = load_model(
@@ -96,6 +99,7 @@ def load_rank(
         tp=tp,
         load_format=model.load_format,
         seed=model.seed,
+        quantization=model.quantization,
         progress=progress,
     )
     layout = KvLayout(
@@ -138,6 +142,27 @@ def load_rank(
         pool=pool,
         runner=runner,
     )
+
+
+def _check_quantization(name: str, spec: ModelSpec, device: torch.device, dtype: str, tp_size: int) -> None:
+    """Refuse what has no product of eight bits."""
+    reason: str | None = None
+    heads = spec.num_heads * spec.head_dim // tp_size
+    if spec.experts is not None:
+        reason = f"is not made for a mixture of experts ({spec.family}); leave it out"
+    elif device.type == "cpu":
+        reason = f"needs a Hopper GPU, and the device is {device}; leave it out, or use --device cuda"
+    elif (lack := why_no_cuda_kernels()) is not None:
+        reason = f"needs the CUDA kernels: {lack}"
+    elif dtype != "bfloat16":
+        reason = f"computes in bfloat16, and dtype is {dtype}; use --dtype bfloat16"
+    elif any(n % MULTIPLE for n in (spec.hidden_size, spec.intermediate_size // tp_size, heads)):
+        reason = (
+            f"needs matrices of multiples of {MULTIPLE} on each rank; leave it out, or lower "
+            "tensor_parallel_size"
+        )
+    if reason is not None:
+        raise ConfigError(f"quantization {name} {reason}")
 
 
 def _make_runner(
@@ -281,7 +306,7 @@ def _pool_bytes(engine: EngineConfig, spec: ModelSpec, device: torch.device) -> 
     if device.type == "cpu":
         return CPU_POOL_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    step = pick_step_tokens(engine, device) * spec.intermediate_size * GPU_STEP_BYTES
+    step = pick_step_tokens(engine, device) * spec.mlp_width * GPU_STEP_BYTES
     # Logits of every sequence, as float32 and in a few copies while they are filtered.
     step += engine.max_num_seqs * spec.vocab_size * 4 * 6
     return max(0, int(total * engine.gpu_memory_utilization) - (total - free) - step - GPU_FIXED_BYTES)

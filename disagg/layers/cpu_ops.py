@@ -5,6 +5,22 @@ from torch import Tensor
 
 from disagg import _cpu
 from disagg.layers import torch_ops
+from disagg.layers.torch_ops import scaled_linear
+
+__all__ = [
+    "add_rms_norm",
+    "embedding",
+    "experts",
+    "linear",
+    "linear_add_rms_norm",
+    "linear_silu_and_mul",
+    "pack_gate_up",
+    "pack_linear",
+    "rms_norm",
+    "rope_and_store",
+    "scaled_linear",
+    "silu_and_mul",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -46,6 +62,9 @@ def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
 
 def pack_linear(weight: Tensor) -> Tensor:
     """See ops."""
+    if weight.ndim == 3:
+        packed = [pack_linear(part) for part in weight]
+        return weight.view(len(weight), *packed[0].shape)
     n, k = weight.shape
     if n % _cpu.PANEL or k * weight.itemsize % 4 or not weight.is_contiguous():
         return weight
@@ -93,3 +112,27 @@ def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
         torch_ops.embedding(token_ids, weight, out)
     else:
         _cpu.unpack_rows(weight, token_ids.long(), out, torch.get_num_threads())
+
+
+def experts(
+    x: Tensor,
+    scores: Tensor,
+    choices: int,
+    normalize: bool,
+    token_pages: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    out: Tensor,
+) -> None:
+    """See ops. Takes no padding."""
+    inner = down.shape[2] if down.ndim == 3 else down.shape[2] * down.shape[4]
+
+    def mlp(rows: Tensor, expert: int) -> Tensor:
+        projected, gated = x.new_empty((len(rows), 2 * inner)), x.new_empty((len(rows), inner))
+        linear(rows, gate_up[expert], None, projected)
+        silu_and_mul(projected, gated)
+        result = torch.empty_like(rows)
+        linear(gated, down[expert], None, result)
+        return result
+
+    torch_ops.mix(x, scores, choices, normalize, mlp, out)

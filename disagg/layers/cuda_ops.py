@@ -1,8 +1,8 @@
 """The operators of `ops.py` by the CUDA kernels of csrc/cuda; large matrix products are cuBLAS's, by torch.
 
-Importing it needs `disagg._cuda`. Nothing here waits for the device or, after the first call on a stream,
-allocates, so all of it may be captured in a CUDA graph. Sampling is only here: on the CPU it is numpy's
-work.
+Importing it needs `disagg._cuda`. Nothing here waits for the device, so all of it may be captured in a
+CUDA graph; `experts` and `scaled_linear` allocate, products only at their first call on a stream. Sampling
+is only here: on the CPU it is numpy's work.
 """
 
 import functools
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from disagg import _cuda
 from disagg.layers import torch_ops
+from disagg.layers.fp8 import FP8, ScaledMatrix
 from disagg.layers.torch_ops import pack_linear
 
 __all__ = [
     "add_rms_norm",
     "embedding",
+    "experts",
     "gather_tokens",
     "linear",
     "linear_add_rms_norm",
@@ -26,6 +28,7 @@ __all__ = [
     "rms_norm",
     "rope_and_store",
     "sample",
+    "scaled_linear",
     "silu_and_mul",
 ]
 
@@ -110,9 +113,70 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None, gate_up:
         _cuda.silu_and_mul(gate_up, out, gate_up.shape[1] % 16 == 0, _stream(x))
 
 
+def scaled_linear(x: Tensor, weight: ScaledMatrix, bias: Tensor | None, out: Tensor) -> None:
+    """See ops. `x` is contiguous, and bfloat16 as `out` is."""
+    values = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(len(x), device=x.device)
+    _cuda.quantize(x, values, scales, _stream(x))
+    torch.ops.aten._scaled_mm.out(
+        values.view(FP8),
+        weight.values.t(),
+        scales[:, None],
+        weight.scales[None],
+        None,
+        None,
+        x.dtype,
+        True,
+        out=out,
+    )
+    if bias is not None:
+        out += bias
+
+
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
     """See ops. An id outside of the weight gives a row of NaN."""
     _cuda.embedding(token_ids.int(), weight, out, _stream(weight))
+
+
+GROUPED_PAIRS = 16
+"""Pairs of a token and an expert for each expert, above which torch's grouped product is the faster one."""
+
+
+def experts(
+    x: Tensor,
+    scores: Tensor,
+    choices: int,
+    normalize: bool,
+    token_pages: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    out: Tensor,
+) -> None:
+    """See ops. Small steps by kernels that read weights once, large ones by torch's grouped product."""
+    num_tokens, (count, width, inner) = len(x), down.shape
+    num_pairs, stream = num_tokens * choices, _stream(x)
+
+    def int32s(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=x.device)
+
+    chosen, places = int32s(num_tokens, choices), int32s(num_tokens, choices)
+    weights = torch.empty((num_tokens, choices), device=x.device)
+    tokens, ends = int32s(num_pairs), int32s(count)
+    segments = int32s(_cuda.max_segments(num_pairs, count) + 1, 4)
+    _cuda.route(scores, token_pages, normalize, chosen, weights, places, tokens, ends, segments, stream)
+    few = num_pairs <= GROUPED_PAIRS * count and _cuda.experts_are_fast(x, width, inner)
+    if not few and x.dtype == torch.bfloat16 and (width | inner) % 8 == 0:
+        rows = x.new_empty((num_pairs, width))
+        _cuda.embedding(tokens, x, rows, stream)
+        projected = torch._grouped_mm(rows, gate_up.mT, ends)
+        gated = x.new_empty((num_pairs, inner))
+        _cuda.silu_and_mul(projected, gated, False, stream)
+        results = torch._grouped_mm(gated, down.mT, ends)
+    else:
+        gated, results = x.new_empty((num_pairs, inner)), x.new_empty((num_pairs, width))
+        _cuda.experts_gate_up(x, tokens, gate_up, segments, gated, stream)
+        _cuda.experts_down(gated, down, segments, results, stream)
+    _cuda.combine(results, weights, places, out, stream)
 
 
 def gather_tokens(token_ids: Tensor, slots: Tensor, last_tokens: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from disagg.layers import cpu_ops, torch_ops
+from disagg.layers.fp8 import ScaledMatrix, Weight
 from disagg.layers.kernels import why_no_cuda_kernels
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,21 @@ class _Ops(Protocol):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, gate_up: Tensor, out: Tensor
     ) -> None: ...
 
+    def scaled_linear(self, x: Tensor, weight: ScaledMatrix, bias: Tensor | None, out: Tensor) -> None: ...
+
     def embedding(self, token_ids: Tensor, weight: Tensor, out: Tensor) -> None: ...
+
+    def experts(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        choices: int,
+        normalize: bool,
+        token_pages: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        out: Tensor,
+    ) -> None: ...
 
 
 def _ops_for(x: Tensor) -> _Ops:
@@ -170,17 +185,25 @@ def pack_linear(weight: Tensor) -> Tensor:
     same memory, so `weight` itself must not be used again. Products with one token read it at the
     speed of memory, 3 to 5 times that of a plain `[n, k]`, with the same result to the bit.
 
+    Experts' weights `[experts, n, k]` are packed each for itself.
+
     Returns:
         The packed weight; `weight` as it was on other devices and where `n` is not a multiple of 32.
     """
     return _ops_for(weight).pack_linear(weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, of `[tokens, k]` and `[n, k]`, plain or from `pack_linear`.
 
-    Into `out`, which is no part of `x`, or a new tensor.
+    Into `out`, which is no part of `x`, or a new tensor. By a scaled matrix each token is rounded to eight
+    bits too, with a scale of its own.
     """
+    if isinstance(weight, ScaledMatrix):
+        if out is None:
+            out = x.new_empty((x.shape[0], weight.shape[0]))
+        _ops_for(x).scaled_linear(x, weight, bias, out)
+        return out
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0] * (1 if weight.ndim == 2 else weight.shape[2])))
     _ops_for(x).linear(x, weight, bias, out)
@@ -189,7 +212,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 def linear_add_rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     residual: Tensor,
     norm: Tensor,
@@ -201,7 +224,11 @@ def linear_add_rms_norm(
 
     `delta` is room for the product, shaped as `residual`, of whose contents nothing is known afterwards.
     """
-    _ops_for(x).linear_add_rms_norm(x, weight, bias, residual, norm, eps, delta, out)
+    if isinstance(weight, ScaledMatrix):
+        _ops_for(x).scaled_linear(x, weight, bias, delta)
+        _ops_for(x).add_rms_norm(delta, residual, norm, eps, out)
+    else:
+        _ops_for(x).linear_add_rms_norm(x, weight, bias, residual, norm, eps, delta, out)
 
 
 def pack_gate_up(weight: Tensor) -> Tensor:
@@ -212,12 +239,17 @@ def pack_gate_up(weight: Tensor) -> Tensor:
     return _ops_for(weight).pack_gate_up(weight)
 
 
-def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None, gate_up: Tensor, out: Tensor) -> None:
-    """`silu(gate) * up` into `out`, of `x @ weight.T + bias`; weight and bias are from `pack_gate_up`.
+def linear_silu_and_mul(x: Tensor, weight: Weight, bias: Tensor | None, gate_up: Tensor, out: Tensor) -> None:
+    """`silu(gate) * up` into `out`, of `x @ weight.T + bias`.
 
+    Weight and bias are from `pack_gate_up`; a scaled matrix has rows of gate, then up, as its bias.
     `gate_up` is room for the product, of whose contents nothing is known afterwards.
     """
-    _ops_for(x).linear_silu_and_mul(x, weight, bias, gate_up, out)
+    if isinstance(weight, ScaledMatrix):
+        _ops_for(x).scaled_linear(x, weight, bias, gate_up)
+        _ops_for(x).silu_and_mul(gate_up, out)
+    else:
+        _ops_for(x).linear_silu_and_mul(x, weight, bias, gate_up, out)
 
 
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -227,4 +259,34 @@ def embedding(token_ids: Tensor, weight: Tensor, out: Tensor | None = None) -> T
             (len(token_ids), weight.shape[1] * (1 if weight.ndim == 2 else weight.shape[3]))
         )
     _ops_for(weight).embedding(token_ids, weight, out)
+    return out
+
+
+def experts(
+    x: Tensor,
+    scores: Tensor,
+    choices: int,
+    normalize: bool,
+    token_pages: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A mixture of experts: each token through the gated MLPs that its scores choose, and their weighted sum.
+
+    Weights are the softmax of the scores. Of equal scores the lower expert is chosen.
+
+    Args:
+        x: `[tokens, k]`.
+        scores: `[tokens, experts]`.
+        choices: Experts of a token.
+        normalize: Whether a token's weights are made to sum to one.
+        token_pages: int32 `[tokens]`; on GPUs -1 marks padding, which no expert sees and which becomes zero.
+        gate_up: `[experts, 2 n, k]`, rows of gate, then up; plain or from `pack_linear`.
+        down: `[experts, k, n]`, alike.
+        out: Contiguous, shaped as `x` and no part of it. By default a new tensor.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    _ops_for(x).experts(x, scores, choices, normalize, token_pages, gate_up, down, out)
     return out

@@ -1,9 +1,12 @@
 """The operators of `ops.py` in torch: for devices and types without kernels of ours."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from disagg.kv.views import layer_views
+from disagg.layers.fp8 import ScaledMatrix, scale_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -87,9 +90,58 @@ def pack_gate_up(weight: Tensor) -> Tensor:
     return weight
 
 
+def scaled_linear(x: Tensor, weight: ScaledMatrix, bias: Tensor | None, out: Tensor) -> None:
+    """See ops."""
+    rows = scale_rows(x)
+    product = (rows.values.float() @ weight.values.float().t()) * rows.scales[:, None] * weight.scales
+    out.copy_(product if bias is None else product + bias)
+
+
 def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
     """See ops."""
     torch.index_select(weight, 0, token_ids, out=out)
+
+
+def experts(
+    x: Tensor,
+    scores: Tensor,
+    choices: int,
+    normalize: bool,
+    token_pages: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    out: Tensor,
+) -> None:
+    """See ops. Waits for the device to know who is chosen; takes no padding."""
+
+    def mlp(rows: Tensor, expert: int) -> Tensor:
+        gate, up = torch.nn.functional.linear(rows, gate_up[expert]).chunk(2, dim=-1)
+        return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
+
+    mix(x, scores, choices, normalize, mlp, out)
+
+
+def mix(
+    x: Tensor,
+    scores: Tensor,
+    choices: int,
+    normalize: bool,
+    mlp: Callable[[Tensor, int], Tensor],
+    out: Tensor,
+) -> None:
+    """Experts one after the other, each over its tokens; a token's sum is in the order of their numbers."""
+    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :choices]
+    weights = scores.float().softmax(-1).gather(1, chosen)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    experts = chosen.flatten()
+    pairs, counts = experts.argsort(stable=True), experts.bincount(minlength=scores.shape[1])
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for expert, mine in enumerate(torch.split(pairs, counts.tolist())):
+        if len(mine):
+            tokens = mine // choices
+            total[tokens] += mlp(x[tokens], expert).float() * weights.flatten()[mine, None]
+    out.copy_(total)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from disagg.attention import AttentionBackend, AttentionBatch
 from disagg.layers import ops
+from disagg.layers.fp8 import ScaledMatrix, Weight
 from disagg.models.parameters import vocab_range
 from disagg.models.spec import ModelSpec
 from disagg.models.workspace import Activations, Widths, Workspace
@@ -17,16 +18,18 @@ from disagg.parallel import TensorParallel
 
 
 class LayerWeights(Struct, frozen=True, kw_only=True):
-    """One layer's parameters on this rank; matrices are `[outputs, inputs]`, maybe packed (`ops`)."""
+    """One layer's parameters on this rank; matrices `[outputs, inputs]`, maybe packed (`ops`) or scaled."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: Weight
     """Rows of q, then k, then v."""
-    output: Tensor
+    output: Weight
     mlp_norm: Tensor
-    gate_up: Tensor
-    """Of `ops.pack_gate_up`, as its bias."""
-    down: Tensor
+    gate_up: Weight
+    """Of `ops.pack_gate_up`, as its bias; scaled, or of each expert, rows of gate, then up."""
+    down: Weight
+    router: Tensor | None = None
+    """`[experts, hidden]`: scores of a token's experts, where there are any."""
     qkv_bias: Tensor | None = None
     output_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
@@ -69,7 +72,7 @@ class Decoder:
             self.num_heads,
             self.num_kv_heads,
             spec.head_dim,
-            spec.intermediate_size // tp.size,
+            0 if spec.experts else spec.intermediate_size // tp.size,  # experts make room for themselves
         )
         self._workspace = Workspace(widths, self.dtype, self.device)
 
@@ -122,15 +125,19 @@ class Decoder:
                 break  # a chunk in mid-prompt: its K and V are all that is wanted of it
             attention.run(i, x.q, pool, x.attended)
             attended = x.attended
+            pages = batch.token_pages
             if i == last and logits_at is not None:
                 # The rest of the last layer acts on each token alone.
-                attended, residual = attended[logits_at], residual[logits_at]
+                attended, residual, pages = attended[logits_at], residual[logits_at], pages[logits_at]
                 x = self._workspace.activations(num_logits)
             hidden = attended.flatten(1)
             self._add(hidden, layer.output, layer.output_bias, residual, layer.mlp_norm, x)
-            ops.linear_silu_and_mul(x.normed, layer.gate_up, layer.gate_up_bias, x.gate_up, x.gated)
             next_norm = self._final_norm if i == last else self._layers[i + 1].input_norm
-            self._add(x.gated, layer.down, layer.down_bias, residual, next_norm, x)
+            if layer.router is None:
+                ops.linear_silu_and_mul(x.normed, layer.gate_up, layer.gate_up_bias, x.gate_up, x.gated)
+                self._add(x.gated, layer.down, layer.down_bias, residual, next_norm, x)
+            else:
+                self._add_experts(layer, residual, next_norm, x, pages)
         return self._logits(x.normed[:num_logits])
 
     def _embed(self, token_ids: Tensor, out: Tensor) -> Tensor:
@@ -165,7 +172,7 @@ class Decoder:
     def _add(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         residual: Tensor,
         norm: Tensor,
@@ -178,6 +185,19 @@ class Decoder:
         else:
             ops.linear(hidden, weight, bias, out=x.delta)
             ops.add_rms_norm(self.tp.all_reduce(x.delta), residual, norm, eps, out=x.normed)
+
+    def _add_experts(
+        self, layer: LayerWeights, residual: Tensor, norm: Tensor, x: Activations, token_pages: Tensor
+    ) -> None:
+        """As `_add`, of what a mixture of experts makes of `x.normed`; they pass over padding."""
+        assert self.spec.experts is not None
+        assert layer.router is not None
+        assert not isinstance(layer.gate_up, ScaledMatrix)
+        assert not isinstance(layer.down, ScaledMatrix)
+        scores = ops.linear(x.normed, layer.router)
+        chosen = (self.spec.experts.choices, self.spec.experts.normalize)
+        ops.experts(x.normed, scores, *chosen, token_pages, layer.gate_up, layer.down, out=x.delta)
+        ops.add_rms_norm(self.tp.all_reduce(x.delta), residual, norm, self.spec.rms_eps, out=x.normed)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of the whole vocabulary on rank 0. Nothing is exchanged for no rows."""

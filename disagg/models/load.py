@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import accumulate
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from torch import Tensor
 from disagg.checkpoint import ModelFiles, TensorReader, read_index
 from disagg.errors import ConfigError
 from disagg.layers import ops
+from disagg.layers.fp8 import FP8, ScaledMatrix, Weight, scale_rows
 from disagg.layers.memory import allocate
 from disagg.layers.rope import cos_sin_cache
 from disagg.models.decoder import Decoder, LayerWeights
@@ -38,6 +39,7 @@ def load_model(
     tp: TensorParallel | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
     seed: int = 0,
+    quantization: Literal["fp8"] | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load one rank's share of a model.
@@ -50,6 +52,8 @@ def load_model(
         tp: This rank's group; None is a group of one.
         load_format: `dummy` reads no weights and makes random ones.
         seed: Of dummy weights, which are the same for every tensor-parallel size.
+        quantization: `fp8` rounds the layers' matrices to e4m3, with a scale for each row of a rank's part;
+            no mixture of experts.
         progress: Told (bytes placed, bytes in all) of this rank.
 
     Raises:
@@ -65,18 +69,22 @@ def load_model(
             source = NoiseSource(seed, spec.initializer_range)
         else:
             source = CheckpointSource(read_index(files.path), reader)
-        tensors = fill(parameters, source, whole_shapes(spec), torch.device(device), dtype, progress)
+        shapes, quantized = whole_shapes(spec), quantization is not None
+        tensors = fill(parameters, source, shapes, torch.device(device), dtype, progress, quantized=quantized)
     # In place, so it takes no more memory.
-    return _assemble(spec, tp, {key: _pack(key, tensor) for key, tensor in tensors.items()})
+    packed = {key: _pack(key, weight, quantized) for key, weight in tensors.items()}
+    return _assemble(spec, tp, packed)
 
 
-def _pack(key: str, tensor: Tensor) -> Tensor:
-    if key.endswith(("gate_up", "gate_up_bias")):
-        return ops.pack_gate_up(tensor)
-    return ops.pack_linear(tensor) if tensor.ndim == 2 else tensor
+def _pack(key: str, weight: Weight, quantized: bool) -> Weight:
+    if isinstance(weight, ScaledMatrix):
+        return weight
+    if key.endswith(("gate_up", "gate_up_bias")) and weight.ndim < 3 and not quantized:
+        return ops.pack_gate_up(weight)
+    return weight if weight.ndim == 1 else ops.pack_linear(weight)
 
 
-def _assemble(spec: ModelSpec, tp: TensorParallel, tensors: dict[str, Tensor]) -> Decoder:
+def _assemble(spec: ModelSpec, tp: TensorParallel, tensors: dict[str, Any]) -> Decoder:
     layers = []
     for i in range(spec.num_layers):
         prefix = f"layers.{i}."
@@ -99,7 +107,7 @@ def whole_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter in plan_parameters(spec, 0, 1):
         for piece in parameter.pieces:
-            shapes[piece.name] = (len(piece.rows), *parameter.shape[1:])
+            shapes[piece.name] = (len(piece.rows), *parameter.shape[1:][-1:])
     return shapes
 
 
@@ -110,39 +118,62 @@ def fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Allocate and fill every parameter; keys are the parameters'."""
+    *,
+    quantized: bool = False,
+) -> dict[str, Weight]:
+    """Allocate and fill every parameter, by its key; `quantized` scales the layers' matrices."""
     # Page-locked, the copy to a GPU runs at the bus's speed.
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    tensors = _allocate(parameters, device, dtype)
+    is_scaled = {parameter.key: quantized and parameter.in_layer for parameter in parameters}
+    tensors = _allocate(parameters, device, [FP8 if is_scaled[p.key] else dtype for p in parameters])
+    weights: dict[str, Weight] = dict(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
     for parameter in parameters:
         tensor = tensors[parameter.key]
+        rows: Weight = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
+        if is_scaled[parameter.key]:
+            rows = weights[parameter.key] = ScaledMatrix(tensor, torch.empty(len(tensor), device=device))
         row = 0
         for piece in parameter.pieces:
-            target = tensor[row : row + len(piece.rows)]
+            target = _rows(rows, row, row + len(piece.rows))
             _copy_piece(piece, source, whole_shapes[piece.name], target, buffer)
             row += len(piece.rows)
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
-    return tensors
+    return weights
 
 
-def _allocate(parameters: list[Parameter], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _rows(weight: Weight, begin: int, end: int) -> Weight:
+    if isinstance(weight, ScaledMatrix):
+        return ScaledMatrix(weight.values[begin:end], weight.scales[begin:end])
+    return weight[begin:end]
+
+
+def _place(chunk: Tensor, target: Weight) -> None:
+    if not isinstance(target, ScaledMatrix):
+        target.copy_(chunk)
+        return
+    for into, scaled in zip(target, scale_rows(chunk.to(target.values.device)), strict=True):
+        into.copy_(scaled)
+
+
+def _allocate(
+    parameters: list[Parameter], device: torch.device, dtypes: list[torch.dtype]
+) -> dict[str, Tensor]:
     """Room for every parameter in one piece of memory, in their order."""
-    sizes = [prod(parameter.shape) * dtype.itemsize for parameter in parameters]
+    sizes = [prod(p.shape) * dtype.itemsize for p, dtype in zip(parameters, dtypes, strict=True)]
     begins = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
     memory = allocate(begins[-1], device)
     return {
         parameter.key: memory[begin : begin + size].view(dtype).view(parameter.shape)
-        for parameter, begin, size in zip(parameters, begins, sizes, strict=False)
+        for parameter, dtype, begin, size in zip(parameters, dtypes, begins, sizes, strict=False)
     }
 
 
 def _copy_piece(
-    piece: Piece, source: WeightSource, shape: tuple[int, ...], target: Tensor, buffer: Tensor
+    piece: Piece, source: WeightSource, shape: tuple[int, ...], target: Weight, buffer: Tensor
 ) -> None:
     """Bring a piece into place through `buffer`, converting on the way."""
     dtype = source.dtype(piece.name)
@@ -155,4 +186,4 @@ def _copy_piece(
         num_bytes = len(part.rows) * row_length * dtype.itemsize
         chunk = buffer[:num_bytes].view(dtype).view(len(part.rows), *target.shape[1:])
         source.read(part, shape, chunk)
-        target[begin : begin + step].copy_(chunk)
+        _place(chunk, _rows(target, begin, begin + step))

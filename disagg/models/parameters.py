@@ -26,7 +26,10 @@ class Parameter(Struct, frozen=True):
 
     key: str
     shape: tuple[int, ...]
+    """Of experts' matrices `[expert, rows, columns]`; their pieces fill it as if it were one matrix."""
     pieces: tuple[Piece, ...]
+    in_layer: bool = False
+    """Whether it is a matrix of a layer: what `quantization` is about."""
 
 
 def check_tensor_parallel(spec: ModelSpec, size: int) -> None:
@@ -82,15 +85,26 @@ def _plan_layer(spec: ModelSpec, layer: int, rank: int, size: int) -> Iterator[P
     inner = _share(spec.intermediate_size, rank, size)
     source, key = f"model.layers.{layer}.", f"layers.{layer}."
     qkv = [(f"{source}self_attn.{name}_proj", rows) for name, rows in (("q", q), ("k", kv), ("v", kv))]
-    gate_up = [(f"{source}mlp.{name}_proj", inner) for name in ("gate", "up")]
-    output, down = f"{source}self_attn.o_proj", f"{source}mlp.down_proj"
+    mlps = (
+        [f"{source}mlp.experts.{i}" for i in range(spec.experts.count)] if spec.experts else [f"{source}mlp"]
+    )
+    gate_up = [(f"{mlp}.{name}_proj", inner) for mlp in mlps for name in ("gate", "up")]
+    output, downs = f"{source}self_attn.o_proj", [f"{mlp}.down_proj" for mlp in mlps]
 
     yield _vector(f"{key}input_norm", Piece(f"{source}input_layernorm.weight", hidden))
     yield _packed(f"{key}qkv", qkv, spec.hidden_size)
-    yield Parameter(f"{key}output", (len(hidden), len(q)), (Piece(f"{output}.weight", hidden, q),))
+    yield Parameter(
+        f"{key}output", (len(hidden), len(q)), (Piece(f"{output}.weight", hidden, q),), in_layer=True
+    )
     yield _vector(f"{key}mlp_norm", Piece(f"{source}post_attention_layernorm.weight", hidden))
-    yield _packed(f"{key}gate_up", gate_up, spec.hidden_size)
-    yield Parameter(f"{key}down", (len(hidden), len(inner)), (Piece(f"{down}.weight", hidden, inner),))
+    stacked = (len(mlps),) if spec.experts else ()
+    if spec.experts:
+        router = Piece(f"{source}mlp.gate.weight", range(spec.experts.count))
+        yield _matrix(f"{key}router", router, spec.hidden_size)
+    pieces = tuple(Piece(f"{name}.weight", rows) for name, rows in gate_up)
+    yield Parameter(f"{key}gate_up", (*stacked, 2 * len(inner), len(hidden)), pieces, in_layer=True)
+    pieces = tuple(Piece(f"{name}.weight", hidden, inner) for name in downs)
+    yield Parameter(f"{key}down", (*stacked, len(hidden), len(inner)), pieces, in_layer=True)
     if spec.qkv_bias:
         yield _packed_bias(f"{key}qkv_bias", qkv)
     # Ranks' partial products are summed, so a bias after them belongs to one rank.
@@ -99,7 +113,7 @@ def _plan_layer(spec: ModelSpec, layer: int, rank: int, size: int) -> Iterator[P
     if spec.mlp_bias:
         yield _packed_bias(f"{key}gate_up_bias", gate_up)
     if spec.mlp_bias and rank == 0:
-        yield _vector(f"{key}down_bias", Piece(f"{down}.bias", hidden))
+        yield _vector(f"{key}down_bias", Piece(f"{downs[0]}.bias", hidden))
     if spec.qk_norm:
         head = range(spec.head_dim)
         yield _vector(f"{key}q_norm", Piece(f"{source}self_attn.q_norm.weight", head))
@@ -121,7 +135,7 @@ def _vector(key: str, piece: Piece) -> Parameter:
 
 def _packed(key: str, parts: list[tuple[str, range]], num_columns: int) -> Parameter:
     pieces = tuple(Piece(f"{name}.weight", rows) for name, rows in parts)
-    return Parameter(key, (sum(len(rows) for _, rows in parts), num_columns), pieces)
+    return Parameter(key, (sum(len(rows) for _, rows in parts), num_columns), pieces, in_layer=True)
 
 
 def _packed_bias(key: str, parts: list[tuple[str, range]]) -> Parameter:

@@ -24,6 +24,8 @@ class Family(Struct, frozen=True):
     mlp_bias: bool | str = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before rope."""
+    experts: bool = False
+    """Each token goes through a few of a layer's many MLPs."""
     sliding_window_if: str = ""
     """Field of config.json without which `sliding_window` has no effect."""
 
@@ -38,7 +40,24 @@ FAMILIES = {
         qk_norm=True,
         sliding_window_if="use_sliding_window",
     ),
+    "qwen3_moe": Family(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        experts=True,
+        sliding_window_if="use_sliding_window",
+    ),
 }
+
+
+class ExpertsSpec(Struct, frozen=True, kw_only=True):
+    """The mixture of experts that stands in each layer for its MLP."""
+
+    count: int
+    choices: int
+    """Experts that a token goes through."""
+    normalize: bool
+    """Whether their weights sum to one; otherwise they are shares of all experts'."""
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
@@ -51,6 +70,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    """Of one expert where there are experts."""
     vocab_size: int
     rope: RopeSpec
     rms_eps: float
@@ -64,6 +84,12 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     dtype: str
     """In which the checkpoint is stored: what `--dtype auto` means."""
     initializer_range: float = 0.02
+    experts: ExpertsSpec | None = None
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner elements of all that one token goes through."""
+        return self.intermediate_size * (self.experts.choices if self.experts else 1)
 
 
 class _Config(Struct, frozen=True, kw_only=True):
@@ -92,6 +118,17 @@ class _Config(Struct, frozen=True, kw_only=True):
     quantization_config: dict[str, Any] | None = None
 
 
+class _ExpertsConfig(Struct, frozen=True, kw_only=True):
+    """The fields of config.json that describe a mixture of experts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] = []
+
+
 def load_spec(folder: Path) -> ModelSpec:
     """Read the config.json, and the end tokens of generation_config.json, of a checkpoint.
 
@@ -103,12 +140,15 @@ def load_spec(folder: Path) -> ModelSpec:
     raw = _read_json(path)
     try:
         config = convert(raw, _Config)
+        family = FAMILIES.get(config.model_type)
+        experts = convert(raw, _ExpertsConfig) if family is not None and family.experts else None
     except ValidationError as e:
         raise ConfigError(f"{path}: {e}") from e
-    family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(f"{path}: model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
     _check_supported(path, raw, config, family)
+    if experts is not None:
+        _check_experts(path, experts)
     dtype = config.dtype or config.torch_dtype or "float32"
     return ModelSpec(
         family=config.model_type,
@@ -117,7 +157,7 @@ def load_spec(folder: Path) -> ModelSpec:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=experts.moe_intermediate_size if experts else config.intermediate_size,
         vocab_size=config.vocab_size,
         rope=_rope(path, config),
         rms_eps=config.rms_norm_eps,
@@ -130,6 +170,13 @@ def load_spec(folder: Path) -> ModelSpec:
         eos_token_ids=_eos_token_ids(folder, config),
         dtype=dtype if dtype in DTYPES else "float32",
         initializer_range=config.initializer_range,
+        experts=None
+        if experts is None
+        else ExpertsSpec(
+            count=experts.num_experts,
+            choices=experts.num_experts_per_tok,
+            normalize=experts.norm_topk_prob,
+        ),
     )
 
 
@@ -148,6 +195,19 @@ def _check_supported(path: Path, raw: dict[str, Any], config: _Config, family: F
     if config.quantization_config is not None:
         method = config.quantization_config.get("quant_method", "unknown")
         raise ConfigError(f"{path}: quantization_config with quant_method {method!r} is not supported")
+
+
+def _check_experts(path: Path, experts: _ExpertsConfig) -> None:
+    if experts.decoder_sparse_step != 1 or experts.mlp_only_layers:
+        raise ConfigError(
+            f"{path}: decoder_sparse_step {experts.decoder_sparse_step} with mlp_only_layers "
+            f"{experts.mlp_only_layers} is not supported, only experts in every layer are"
+        )
+    if not 1 <= experts.num_experts_per_tok <= experts.num_experts:
+        raise ConfigError(
+            f"{path}: num_experts_per_tok {experts.num_experts_per_tok} is not between 1 and "
+            f"num_experts {experts.num_experts}"
+        )
 
 
 def _rope(path: Path, config: _Config) -> RopeSpec:

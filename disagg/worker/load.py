@@ -114,7 +114,9 @@ def _assemble(
         eos_token_ids=list(rank.spec.eos_token_ids),
         dtype=rank.dtype,
         model_hash=model_hash(
-            rank.files.path, dummy_seed=model.seed if model.load_format == "dummy" else None
+            rank.files.path,
+            dummy_seed=model.seed if model.load_format == "dummy" else None,
+            quantization=model.quantization,
         ),
         tokenizer_hash=tokenizer_hash(rank.files.path),
         transfers=thread,

@@ -25,7 +25,7 @@ from support.checkpoints import END, make_checkpoint
 NUM_OUTPUT = 24
 POOL_BYTES = 8 << 20
 LENGTHS = (1, 2, 15, 16, 17, 40, 100, 130, 3)
-FAMILIES = ("llama", "qwen3")
+FAMILIES = ("llama", "qwen3", "qwen3_moe")
 
 Tokens = list[int]
 

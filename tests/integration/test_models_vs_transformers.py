@@ -35,6 +35,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3 with biases": {"attention_bias": True},
     "qwen3 tied": {"tie_word_embeddings": True},
+    "qwen3_moe": {},
+    "qwen3_moe with shares of all experts": {"norm_topk_prob": False},
+    "qwen3_moe with one choice": {"num_experts_per_tok": 1},
+    "qwen3_moe with odd sizes": {"moe_intermediate_size": 36, "num_experts": 7},
 }
 
 
@@ -70,7 +74,7 @@ def test_logits_of_every_position(tmp_path: Path, variant: str) -> None:
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_sequences_in_one_step_do_not_meet(tmp_path: Path, family: str) -> None:
     """Decodes and prefill chunks of other sequences in the same step change nothing."""
     folder = make_checkpoint(tmp_path / "m", family)

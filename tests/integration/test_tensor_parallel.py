@@ -19,7 +19,7 @@ from disagg.parallel import Meeting, MeetingStore, TensorParallel
 from support.checkpoints import make_checkpoint
 from support.paged import PagedDriver, PagedSequence
 
-FAMILIES = ("llama", "llama_linear", "qwen3", "qwen2")
+FAMILIES = ("llama", "llama_linear", "qwen3", "qwen2", "qwen3_moe")
 TESTS = Path(__file__).parents[1]
 TIMEOUT_S = 200.0  # processes take long to start on a busy machine
 COUNTS = [40, 1, 1, 30, 1]

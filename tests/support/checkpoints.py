@@ -67,6 +67,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "tie_word_embeddings": False,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 32,
+        "tie_word_embeddings": False,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
 
 FAMILIES = tuple(_CONFIGS)
@@ -169,10 +181,18 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             layer + "self_attn.k_proj.weight": (kv, hidden),
             layer + "self_attn.v_proj.weight": (kv, hidden),
             layer + "self_attn.o_proj.weight": (hidden, q),
-            layer + "mlp.gate_proj.weight": (inner, hidden),
-            layer + "mlp.up_proj.weight": (inner, hidden),
-            layer + "mlp.down_proj.weight": (hidden, inner),
         }
+        mlps = [f"{layer}mlp."]
+        if config["model_type"] == "qwen3_moe":
+            inner, experts = config["moe_intermediate_size"], config["num_experts"]
+            shapes[layer + "mlp.gate.weight"] = (experts, hidden)
+            mlps = [f"{layer}mlp.experts.{expert}." for expert in range(experts)]
+        for mlp in mlps:
+            shapes |= {
+                mlp + "gate_proj.weight": (inner, hidden),
+                mlp + "up_proj.weight": (inner, hidden),
+                mlp + "down_proj.weight": (hidden, inner),
+            }
         if config["model_type"] == "qwen2" or config.get("attention_bias"):
             shapes |= {f"{layer}self_attn.{p}_proj.bias": (n,) for p, n in (("q", q), ("k", kv), ("v", kv))}
         if config.get("attention_bias"):
@@ -182,7 +202,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 f"{layer}mlp.{p}_proj.bias": (n,)
                 for p, n in (("gate", inner), ("up", inner), ("down", hidden))
             }
-        if config["model_type"] == "qwen3":
+        if config["model_type"].startswith("qwen3"):
             shapes |= {f"{layer}self_attn.{p}_norm.weight": (head_dim,) for p in "qk"}
     return shapes
 

@@ -31,8 +31,8 @@ class Guarded:
     """Memory with a margin on both sides that nothing may write to."""
 
     def __init__(self, *shape: int, dtype: torch.dtype, offset: int = 0) -> None:
-        """Poisoned with NaN, or -7 for integers; `offset` elements past an aligned address."""
-        self._poison = float("nan") if dtype.is_floating_point else -7
+        """Poisoned with NaN, or -7 (bytes: 249); `offset` elements past an aligned address."""
+        self._poison = float("nan") if dtype.is_floating_point else 249 if dtype == torch.uint8 else -7
         size = torch.Size(shape).numel()
         self._whole = torch.full((2 * _GUARD + offset + size,), self._poison, dtype=dtype, device="cuda")
         self._begin, self._end = _GUARD + offset, _GUARD + offset + size

@@ -50,6 +50,11 @@ def test_dummy_weights_are_told_apart_by_their_seed(folder: Path) -> None:
     assert model_hash(folder, dummy_seed=0) in hashes, "dummy weights need no files"
 
 
+def test_rounded_weights_are_another_model(folder: Path) -> None:
+    """Their KV differs, and so does what follows it."""
+    assert model_hash(folder, quantization="fp8") != model_hash(folder)
+
+
 def test_the_tokenizer_is_apart_from_the_model_and_the_template(folder: Path) -> None:
     model, tokenizer = model_hash(folder), tokenizer_hash(folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -237,6 +237,76 @@ def test_silu_and_mul_of_types_without_kernels() -> None:
     )
 
 
+# ---- experts ----
+
+
+class Experts:
+    """Arguments of one call, and what it should give."""
+
+    def __init__(self, tokens: int, count: int, choices: int, width: int, inner: int, dtype: torch.dtype):
+        self.x = random(tokens, width, dtype=dtype)
+        self.scores = random(tokens, count, dtype=dtype, seed=1)
+        self.choices = choices
+        self.gate_up = random(count, 2 * inner, width, dtype=dtype, seed=2) / width**0.5
+        self.down = random(count, width, inner, dtype=dtype, seed=3) / inner**0.5
+
+    def run(self, normalize: bool = True, rows: slice = slice(None)) -> Tensor:
+        pages = torch.zeros(len(self.x[rows]), dtype=torch.int32)
+        weights = [ops.pack_linear(w.clone()) for w in (self.gate_up, self.down)]
+        return ops.experts(self.x[rows], self.scores[rows], self.choices, normalize, pages, *weights)
+
+    def expected(self, normalize: bool = True) -> Tensor:
+        weights, chosen = self.scores.double().softmax(-1).topk(self.choices)
+        if normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        rows = []
+        for x, experts, shares in zip(self.x.double(), chosen, weights, strict=True):
+            projected = [(self.gate_up[e].double() @ x).chunk(2) for e in experts]
+            results = [
+                self.down[e].double() @ (torch.nn.functional.silu(gate) * up)
+                for e, (gate, up) in zip(experts, projected, strict=True)
+            ]
+            rows.append(sum(share * result for share, result in zip(shares, results, strict=True)))
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+# Packed weights, plain ones, and one of both; one token, one expert, more choices than tokens.
+@pytest.mark.parametrize(
+    "shape", [(9, 6, 2, 64, 32), (5, 4, 3, 42, 18), (7, 5, 2, 64, 18), (1, 8, 8, 32, 64), (4, 1, 1, 32, 32)]
+)
+def test_experts_equal_float64(
+    shape: tuple[int, int, int, int, int], normalize: bool, dtype: torch.dtype
+) -> None:
+    experts = Experts(*shape, dtype)
+    got, want = experts.run(normalize), experts.expected(normalize)
+    assert got.dtype == dtype
+    tolerance = dict(atol=2e-2, rtol=2e-2) if dtype == torch.bfloat16 else dict(atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@TYPES
+def test_experts_of_a_token_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    experts = Experts(40, 6, 3, 64, 32, dtype)
+    whole = experts.run()
+    parts = [experts.run(rows=rows) for rows in (slice(0, 1), slice(1, 2), slice(2, 33), slice(33, 40))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_of_equal_scores_the_lower_experts_are_chosen() -> None:
+    experts = Experts(3, 6, 2, 32, 32, torch.float32)
+    experts.scores[0] = 0.0
+    experts.scores[1] = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    experts.scores[2] = torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0])
+    got = experts.run()
+    for row, pair in enumerate(((0, 1), (1, 0), (3, 4))):
+        alone = torch.full((6,), -1e9)
+        alone[list(pair)] = torch.tensor([1.0, 0.0]) if row == 1 else 0.0
+        experts.scores[row] = alone
+    torch.testing.assert_close(got, experts.run(), atol=1e-5, rtol=1e-5)
+
+
 # ---- rope ----
 
 

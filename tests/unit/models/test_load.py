@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from disagg.checkpoint import ModelFiles, TensorEntry, TensorReader, read_index
 from disagg.errors import ConfigError
+from disagg.layers.fp8 import ScaledMatrix, scale_rows
 from disagg.models import load_model, load_spec
 from disagg.models.load import fill, whole_shapes
 from disagg.models.parameters import Parameter, plan_parameters
 from disagg.models.sources import NOISE_LENGTH, CheckpointSource, NoiseSource
 from support.checkpoints import FAMILIES, make_checkpoint
+from support.paged import PagedDriver, PagedSequence
 
 CPU = torch.device("cpu")
 
@@ -33,7 +36,7 @@ def expected(parameter: Parameter, weights: dict[str, NDArray[np.float32]]) -> T
     for piece in parameter.pieces:
         cut = weights[piece.name][piece.rows.start : piece.rows.stop]
         cuts.append(cut if piece.columns is None else cut[:, piece.columns.start : piece.columns.stop])
-    return torch.from_numpy(np.concatenate(cuts))
+    return torch.from_numpy(np.concatenate(cuts).reshape(parameter.shape))
 
 
 def load(folder: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -137,7 +140,7 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("family", ["llama_linear", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_linear", "qwen3", "qwen3_moe"])
 def test_dummy_weights_are_the_same_for_every_tensor_parallel_size(tmp_path: Path, family: str) -> None:
     spec = load_spec(make_checkpoint(tmp_path / "m", family))
 
@@ -147,10 +150,11 @@ def test_dummy_weights_are_the_same_for_every_tensor_parallel_size(tmp_path: Pat
 
     whole, ranks = make(0, 1), [make(rank, 3) for rank in range(3)]
     for key in ("layers.0.output", "layers.2.down"):
-        assert torch.equal(torch.cat([rank[key] for rank in ranks], dim=1), whole[key])
-    gate, up = whole["layers.1.gate_up"].chunk(2)
-    assert torch.equal(torch.cat([rank["layers.1.gate_up"].chunk(2)[0] for rank in ranks]), gate)
-    assert torch.equal(torch.cat([rank["layers.1.gate_up"].chunk(2)[1] for rank in ranks]), up)
+        assert torch.equal(torch.cat([rank[key] for rank in ranks], dim=-1), whole[key])
+    gate, up = whole["layers.1.gate_up"].chunk(2, dim=-2)
+    for i, part in enumerate((gate, up)):
+        shares = [rank["layers.1.gate_up"].chunk(2, dim=-2)[i] for rank in ranks]
+        assert torch.equal(torch.cat(shares, dim=-2), part)
     assert whole["layers.0.output"].std() == pytest.approx(0.02, rel=0.05)
     assert (whole["final_norm"] == 1).all()
     assert not torch.equal(whole["layers.0.output"], whole["layers.1.output"])
@@ -164,6 +168,41 @@ def test_noise_goes_on_past_its_end() -> None:
     assert torch.equal(out[:2], source._noise[-2:])
     assert torch.equal(out[2 : 2 + NOISE_LENGTH], source._noise)
     assert torch.equal(out[2 + NOISE_LENGTH :], source._noise[:3])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_quantization_rounds_the_layers_matrices_alone(tmp_path: Path, size: int) -> None:
+    """Each row of a rank's part by its own scale, the same as if it were whole in memory."""
+    folder = make_checkpoint(tmp_path / "m", "llama_linear", num_hidden_layers=1)
+    spec = load_spec(folder)
+    for rank in range(size):
+        plain = load(folder, rank, size)
+        with TensorReader() as reader:
+            source, plan = CheckpointSource(read_index(folder), reader), plan_parameters(spec, rank, size)
+            got = fill(plan, source, whole_shapes(spec), CPU, torch.bfloat16, quantized=True)
+        for key, weight in got.items():
+            if key.removeprefix("layers.0.") in ("qkv", "output", "gate_up", "down"):
+                assert isinstance(weight, ScaledMatrix)
+                want = scale_rows(plain[key])
+                assert torch.equal(weight.values.view(torch.uint8), want.values.view(torch.uint8)), key
+                assert torch.equal(weight.scales, want.scales), key
+            else:
+                assert isinstance(weight, Tensor)
+                assert torch.equal(weight, plain[key].bfloat16()), key
+
+
+def test_a_quantized_decoder_is_near_the_plain_one(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", "qwen3")
+    files, spec = ModelFiles(folder, "m", "test"), load_spec(folder)
+    tokens = [(7 * i + 3) % 320 for i in range(40)]
+
+    def logits(quantization: Literal["fp8"] | None) -> Tensor:
+        driver = PagedDriver(load_model(files, spec, quantization=quantization))
+        return driver.step([(PagedSequence(tokens), 40)], range(40))
+
+    plain, rounded = logits(None), logits("fp8")
+    error = ((rounded - plain).norm() / plain.norm()).item()
+    assert 1e-3 < error < 0.2
 
 
 def test_dummy_weights_need_no_files(tmp_path: Path) -> None:
@@ -180,6 +219,7 @@ import sys
 from pathlib import Path
 import torch
 from disagg.checkpoint import ModelFiles
+from disagg.layers.fp8 import ScaledMatrix, scale_rows
 from disagg.models import load_model, load_spec
 
 def status(field):  # in bytes; getrusage would begin with the peak of the process that started this one

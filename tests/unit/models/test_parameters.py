@@ -14,6 +14,7 @@ from disagg.errors import ConfigError
 from disagg.layers.rope import RopeSpec
 from disagg.models import ModelSpec, check_tensor_parallel, load_spec, tensor_parallel_sizes
 from disagg.models.parameters import plan_parameters, vocab_range
+from disagg.models.spec import ExpertsSpec
 from support.checkpoints import FAMILIES, make_checkpoint
 
 SPEC = ModelSpec(
@@ -36,22 +37,27 @@ SPEC = ModelSpec(
     eos_token_ids=(),
     dtype="float32",
 )
+EXPERTS = replace(
+    SPEC, intermediate_size=12, mlp_bias=False, experts=ExpertsSpec(count=5, choices=2, normalize=True)
+)
 
 
+@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["mlp", "experts"])
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_ranks_share_every_split_tensor_and_repeat_the_norms(size: int) -> None:
+def test_ranks_share_every_split_tensor_and_repeat_the_norms(size: int, spec: ModelSpec) -> None:
     """An element two ranks have is counted twice in their sum, one that none has is lost."""
     taken: dict[str, Counter[tuple[int, int]]] = {}
     for rank in range(size):
-        for parameter in plan_parameters(SPEC, rank, size):
+        for parameter in plan_parameters(spec, rank, size):
             for piece in parameter.pieces:
-                columns = piece.columns or range(parameter.shape[1] if len(parameter.shape) > 1 else 1)
+                columns = piece.columns or range(parameter.shape[-1] if len(parameter.shape) > 1 else 1)
                 count = taken.setdefault(piece.name, Counter())
                 count.update((row, column) for row in piece.rows for column in columns)
-    whole = {p.name: pp.shape for pp in plan_parameters(SPEC, 0, 1) for p in pp.pieces}
+    whole = {p.name: pp.shape for pp in plan_parameters(spec, 0, 1) for p in pp.pieces}
     assert taken.keys() == whole.keys()
     for name, count in taken.items():
-        assert set(count.values()) == {size if name.endswith("norm.weight") else 1}, name
+        repeated = name.endswith(("norm.weight", "mlp.gate.weight"))
+        assert set(count.values()) == {size if repeated else 1}, name
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -113,10 +119,11 @@ def test_other_sizes_are_refused_with_those_that_work(
     assert str(refused.value) == message
 
 
-def test_shapes_are_those_of_the_pieces() -> None:
-    for parameter in plan_parameters(SPEC, 1, 3):
+@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["mlp", "experts"])
+def test_shapes_are_those_of_the_pieces(spec: ModelSpec) -> None:
+    for parameter in plan_parameters(spec, 1, 3):
         rows = sum(len(piece.rows) for piece in parameter.pieces)
         columns = {len(piece.columns) for piece in parameter.pieces if piece.columns is not None}
-        assert parameter.shape[0] == rows
-        assert not columns or columns == {parameter.shape[1]}
+        assert np.prod(parameter.shape[:-1] or parameter.shape) == rows
+        assert not columns or columns == {parameter.shape[-1]}
         assert np.prod(parameter.shape) > 0

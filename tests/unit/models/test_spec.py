@@ -9,6 +9,7 @@ import pytest
 from disagg.errors import ConfigError
 from disagg.layers.rope import RopeSpec
 from disagg.models import load_spec
+from disagg.models.spec import ExpertsSpec
 from support.checkpoints import END, END_OF_TEXT, make_checkpoint
 
 
@@ -32,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
         ("mistral", (False, False, False), False),
         ("qwen2", (True, False, False), False),
         ("qwen3", (False, False, False), True),
+        ("qwen3_moe", (False, False, False), True),
     ],
 )
 def test_families_differ_by_a_row(
@@ -41,7 +43,33 @@ def test_families_differ_by_a_row(
     assert (spec.qkv_bias, spec.output_bias, spec.mlp_bias) == biases
     assert spec.qk_norm == qk_norm
     assert (spec.num_heads, spec.num_kv_heads, spec.num_layers) == (12, 6, 1)
-    assert spec.head_dim == (32 if family == "qwen3" else 16)
+    assert spec.head_dim == (32 if family.startswith("qwen3") else 16)
+    assert (spec.experts is not None) == (family == "qwen3_moe")
+
+
+def test_experts_have_their_own_width(tmp_path: Path) -> None:
+    spec = load_spec(make_checkpoint(tmp_path / "m", "qwen3_moe", num_hidden_layers=1))
+    assert spec.experts == ExpertsSpec(count=12, choices=3, normalize=True)
+    assert (spec.intermediate_size, spec.mlp_width) == (96, 288)
+    assert load_spec(make_checkpoint(tmp_path / "d")).mlp_width == 384
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step 2 with mlp_only_layers [] is not supported"),
+        ({"mlp_only_layers": [1]}, "decoder_sparse_step 1 with mlp_only_layers [1] is not supported"),
+        ({"num_experts_per_tok": 13}, "num_experts_per_tok 13 is not between 1 and num_experts 12"),
+        ({"num_experts": ...}, "`num_experts`"),
+    ],
+)
+def test_experts_that_are_not_supported_are_refused(
+    tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    folder = edit(make_checkpoint(tmp_path / "m", "qwen3_moe", num_hidden_layers=1), **fields)
+    with pytest.raises(ConfigError) as refused:
+        load_spec(folder)
+    assert words in str(refused.value)
 
 
 def test_absent_fields_have_the_families_defaults(folder: Path) -> None:
