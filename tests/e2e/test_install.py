@@ -95,7 +95,8 @@ def test_an_impossible_tensor_size_is_told_by_the_pod() -> None:
         assert "heads" in message
         assert len(message.splitlines()) == 1
         name = release.pods("decode")[0]["metadata"]["name"]
-        assert message.strip() in kubectl("logs", name, "--previous")
+        # The kubelet removes all ended containers but the last, at any moment between two questions.
+        wait_until("its log says it", lambda: message.strip() in kubectl("logs", name, "--previous"), 60)
         wait_until(
             "an event says it", lambda: message.strip() in kubectl("events", "--for", f"pod/{name}"), 60
         )
