@@ -13,7 +13,6 @@ which it needs once a step on the host, is timed apart, and so is ours, a kernel
 import argparse
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +20,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from replay import replay_us
 from torch import Tensor
 
 from disagg._cuda import DecodeAttention
@@ -63,25 +63,6 @@ CASES = [  # shape, what, lengths, whether it is the claim
     (QWEN3_30B, "1 x 131072", [131072], False),
     (SMALL, "64 x 2048", [2048] * 64, False),
 ]
-
-
-def replay_us(step: Callable[[], None], layers: int, rounds: int) -> float:
-    """Median replay of a captured step, microseconds a layer."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        times = []
-        for _ in range(rounds + 3):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / layers)
-    return median(times[3:])
 
 
 def copy_bandwidth() -> float:

@@ -22,7 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from decode_attention import Batch, Shape, copy_bandwidth, replay_us, uneven
+from decode_attention import Batch, Shape, copy_bandwidth, uneven
+from replay import replay_us
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]

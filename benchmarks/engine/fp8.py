@@ -11,13 +11,12 @@ as it is, in standard deviations of the logits of float32.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
 from msgspec.structs import replace
+from replay import replay_us
 from torch import Tensor
 
 from disagg.attention import AttentionBatch, AttentionSizes, make_attention
@@ -31,25 +30,6 @@ from disagg.models import Decoder, ModelSpec, load_model, load_spec
 RESULTS = Path(__file__).parent.parent / "results"
 CLAIM_ROWS = 256
 PAGE_SIZE, PROMPT_TOKENS = 16, 512
-
-
-def replay_us(step: Callable[[], object], layers: int, rounds: int = 10) -> float:
-    """Median replay of a captured step, microseconds a layer."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        times = []
-        for _ in range(rounds + 3):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / layers)
-    return median(times[3:])
 
 
 def load(

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
+from replay import replay_us
 from torch import Tensor
 
 from disagg import _cuda
@@ -30,25 +30,6 @@ WEIGHT_BYTES = 240 << 20
 TOKENS = (16, 32, 64, 96, 128, 160, 192, 224, 256)
 Norm = tuple[Tensor | None, float, Tensor | None, Tensor | None, Tensor | None]
 PLAIN: Norm = (None, 1e-6, None, None, None)
-
-
-def replay_us(step: Callable[[], None], count: int, rounds: int) -> float:
-    """Median replay of a captured step, microseconds for each of its `count` parts."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        times = []
-        for _ in range(rounds + 2):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / count)
-    return median(times[2:])
 
 
 def weights(n: int, k: int) -> list[Tensor]:

@@ -11,12 +11,11 @@ products by torch's grouped matrix product alone, without routing, activation an
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from replay import replay_us
 from torch import Tensor
 
 from disagg.layers import ops, torch_ops
@@ -25,25 +24,6 @@ from disagg.models import ModelSpec, load_spec
 RESULTS = Path(__file__).parent.parent / "results"
 BYTES_PER_US, OPERATIONS_PER_US = 4.3e6, 760e6
 LAYERS, CLAIM_BATCH, CLAIM = 4, 64, 2.0
-
-
-def replay_us(step: Callable[[], object], rounds: int = 10) -> float:
-    """Median replay of a captured step over all layers, microseconds a layer."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        times = []
-        for _ in range(rounds + 3):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / LAYERS)
-    return median(times[3:])
 
 
 def noise(*shape: int) -> Tensor:
@@ -89,14 +69,14 @@ class Layers:
             sum(touched) / LAYERS * expert * 2 / BYTES_PER_US,
             2 * len(order) * expert / OPERATIONS_PER_US,
         )
-        us, floor = replay_us(ours), max(floors)
+        us, floor = replay_us(ours, LAYERS), max(floors)
         return {
             "batch": batch,
             "experts_touched": sum(touched) / LAYERS,
             "us": round(us, 1),
             "floor_us": round(floor, 1),
             "times_floor": round(us / floor, 2),
-            "grouped_mm_products_us": round(replay_us(grouped), 1),
+            "grouped_mm_products_us": round(replay_us(grouped, LAYERS), 1),
             "relative_error": self.error(x[:16]),
         }
 
